@@ -30,12 +30,48 @@ painters-debug: painters.c Makefile
 	$(CC) -std=gnu11 -O1 -g -fsanitize=address,undefined -fno-omit-frame-pointer $(WARN) painters.c \
 		-o $@ $(OMPFLAGS) -lm
 
+painters-valgrind: painters.c Makefile
+	$(CC) -std=gnu11 -O1 -g $(WARN) painters.c -o $@ -lm
+
 debug: painters-debug
 
 test: painters
-	CC='$(CC)' $(PYTHON) -m unittest discover -s tests -p 'test_*.py'
+	CC='$(CC)' $(PYTHON) tests
+
+# The small models and their tasks (tests/train.py made them).
+SMALL = tests/small
+LLAMA_TASKS = $(foreach t,science ending pronoun lastword sums,$(SMALL)/$(t).tsv)
+BERT_TASKS = accept sentiment paraphrase entail answers similar
+METHODS = skip,repeat,reverse,random:$(1),parallel,loop:$(2)
+
+demo: painters
+	mkdir -p demo
+	for flags in "" "--drop 5" "--repeat 3" "--loop 3 --times 3"; do \
+		echo "--- baseline $$flags"; \
+		./painters $(SMALL)/llama.bin --prompt "Tom took the" --tokens 40 --quiet $$flags; done
+	./painters $(SMALL)/llama.bin --eval $(SMALL)/science.tsv $(SMALL)/lastword.tsv $(SMALL)/sums.tsv \
+		--limit 40 --sweep $(call METHODS,2,3) --svg demo/llama
+	./painters $(SMALL)/llama.bin --cosine $(SMALL)/lastword.tsv --limit 50 --svg demo/cosine.svg
+	./painters $(SMALL)/bert.bin --prompt "the [MASK] is in the garden ." --quiet
+	for task in sentiment entail; do ./painters $(SMALL)/bert.bin --eval $(SMALL)/$$task.tsv \
+		--probe $(SMALL)/$${task}_train.tsv --limit 200 --sweep skip,reverse,parallel \
+		--svg demo/bert-$$task || exit 1; done
+
+# Every step goes on from where it was stopped.
+paper: painters
+	mkdir -p paper
+	./painters $(SMALL)/llama.bin --eval $(LLAMA_TASKS) --out paper/llama.out \
+		--sweep $(call METHODS,10,1-8),drop,swap --svg paper/llama >paper/llama.txt
+	./painters $(SMALL)/llama.bin --cosine $(SMALL)/lastword.tsv --limit 100 \
+		--svg paper/cosine-llama.svg >paper/cosine-llama.tsv
+	for task in $(BERT_TASKS); do ./painters $(SMALL)/bert.bin --eval $(SMALL)/$$task.tsv \
+		--probe $(SMALL)/$${task}_train.tsv --out paper/bert.out \
+		--sweep $(call METHODS,10,1-3),drop,swap >/dev/null || exit 1; done
+	./painters --report paper/bert.out --svg paper/bert >paper/bert.txt
+	./painters $(SMALL)/bert.bin --cosine $(SMALL)/sentiment.tsv --limit 100 \
+		--svg paper/cosine-bert.svg >paper/cosine-bert.tsv
 
 clean:
-	rm -rf painters painters-debug demo paper
+	rm -rf painters painters-debug painters-valgrind demo paper
 
-.PHONY: debug test clean
+.PHONY: debug test demo paper clean

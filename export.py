@@ -319,7 +319,7 @@ class Unpickler:
     def call(self, function, arguments):
         self.expect(type(function) is Global and function.name in PICKLE_CALLS
                     and isinstance(arguments, tuple), "calls what is not a function of torch's")
-        return PICKLE_CALLS[function.name](self, *arguments[:4])
+        return PICKLE_CALLS[function.name](self, *arguments)
 
     def ordered_dict(self, *arguments):
         self.expect(not arguments, "an OrderedDict of unknown form")
@@ -329,9 +329,10 @@ class Unpickler:
         self.expect(type(tensor) is Tensor, "a parameter that is no tensor")
         return tensor
 
-    def tensor(self, storage=None, start=None, shape=None, strides=None):
+    def tensor(self, storage=None, start=None, shape=None, strides=None, gradient=None, hooks=None,
+               *flags):
         self.expect(type(storage) is Storage and are_sizes([start]) and are_sizes(shape)
-                    and are_sizes(strides) and len(shape) == len(strides),
+                    and are_sizes(strides) and len(shape) == len(strides) and not any(flags),
                     "a tensor of unknown form")
         step = 1
         for size, stride in zip(reversed(shape), reversed(strides)):
@@ -622,13 +623,13 @@ def read_llama(source, config, found):
     config.require("mlp_bias", False)
     config.require("partial_rotary_factor", 1)
     dim, heads = config.count("hidden_size"), config.count("num_attention_heads")
-    width = config.get("head_dim") and config.count("head_dim")
     model = Model(
         "llama", source, dim=dim, hidden=config.count("intermediate_size"), n_heads=heads,
         n_layers=config.count("num_hidden_layers"), vocab_size=config.count("vocab_size"),
         n_kv_heads=config.count("num_key_value_heads", heads), n_segments=0, rope_pairs=1,
         max_length=config.count("max_position_embeddings", 2048),
-        head_dim=width or head_size(config.path, dim, heads), rope_theta=check_rope(config),
+        head_dim=(head_size(config.path, dim, heads) if config.get("head_dim") is None else
+                  config.count("head_dim")), rope_theta=check_rope(config),
         norm_eps=config.real("rms_norm_eps", 1e-6, 1))
     return name_llama(model, found, False, config.require("tie_word_embeddings", False, True))
 
@@ -1263,9 +1264,11 @@ def read_llama_json(path):
 
 
 def scores_of_merges(merges, normal, path):
-    """{piece: score} that makes sentencepiece merge as this list does: 0, -1, -2, … in its order.
-    That is so only if the ways to merge a piece stand together and are all there."""
-    scores, pairs, last = {}, set(), None
+    """{piece: score} with which sentencepiece merges as this list does: 0, -1, -2, ... in its order.
+    That is so only if all ways to merge a piece are there and stand together. Of runs of spaces,
+    which have one score in Llama 2's vocabulary, they may stand mixed."""
+    scores, pairs, last = {}, set(), ""
+    mend = "give the model's tokenizer.model"
     for i, merge in enumerate(merges):
         pair = tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) \
             if isinstance(merge, list) else ()
@@ -1274,10 +1277,12 @@ def scores_of_merges(merges, normal, path):
         piece = pair[0] + pair[1]
         if not normal.issuperset(pair) or piece not in normal:
             refuse(path, "merges, %d" % i, "not of two tokens into a third")
-        if piece != last and piece in scores:
+        runs = not (last + piece).strip(SPACE)
+        if piece != last and piece in scores and not (runs and scores[piece] == scores[last]):
             refuse(path, "merges, %d" % i, "the merges of %s stand apart: no SentencePiece"
-                   " vocabulary merges so" % piece, "give the model's tokenizer.model")
-        scores.setdefault(piece, -float(len(scores)))
+                   " vocabulary merges so" % piece, mend)
+        if piece not in scores:
+            scores[piece] = scores[last] if last and runs else -float(i)
         pairs.add(pair)
         last = piece
     for piece in normal:
@@ -1285,7 +1290,7 @@ def scores_of_merges(merges, normal, path):
             pair = piece[:k], piece[k:]
             if pair not in pairs and all(len(part) == 1 or part in normal for part in pair):
                 refuse(path, "merges", "%s + %s is missing: no SentencePiece vocabulary merges so"
-                       % pair, "give the model's tokenizer.model")
+                       % pair, mend)
     return scores
 
 

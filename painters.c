@@ -19,6 +19,7 @@
 //
 // MIT License; see LICENSE. Model files come from export.py; README.md documents their format.
 
+#ifndef LANES       // section 3 compiles a part of this file several times, by including it
 #if !defined _POSIX_C_SOURCE && !defined _GNU_SOURCE
 #define _POSIX_C_SOURCE 200809L
 #endif
@@ -39,6 +40,7 @@
 #include <io.h>
 #define isatty _isatty
 #define fileno _fileno
+#define mkdir(path, mode) _mkdir(path)
 #else
 #include <sys/mman.h>
 #include <unistd.h>
@@ -531,6 +533,7 @@ static Schedule schedule_parse(const char *text, int T, const char *place) {
 // The schedule as --show prints it and --path reads it: `0 1 2|3|4 5`. The caller releases it.
 static char *schedule_text(const Schedule *s) {
     Text t = {0};
+    text_add(&t, "", 0);
     for (int64_t i = 0; i < s->n_steps; i++) {
         for (int64_t j = s->first[i]; j < s->first[i + 1]; j++) {
             text_printf(&t, "%s%d", j > s->first[i] ? "|" : i ? " " : "", s->layer[j]);
@@ -1067,8 +1070,383 @@ static void plain_gelu(float *x, int64_t n) {
     for (int64_t i = 0; i < n; i++) x[i] = 0.5f * x[i] * (1 + erff(x[i] * 0.70710678f));
 }
 
-typedef struct {                // one way to compute all this; the first that the CPU has is taken
+
+
+
+// The fast paths. 3b is written once, for vectors of LANES floats, and compiled once a path by this
+// file including itself.
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+#define ON_PATH__(name, path) name##_##path
+#define ON_PATH_(name, path) ON_PATH__(name, path)
+#define ON_PATH(name) ON_PATH_(name, PATH)
+#define INLINE static inline __attribute__((always_inline))
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+enum { WIDE = 16, DEPTH = 256 };        // a panel of W: outputs side by side, columns at a time
+
+#define PATH generic
+#define LANES 4
+#define ROWS 2
+#include "painters.c"
+#undef PATH
+#undef LANES
+#undef ROWS
+
+#ifdef __x86_64__
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define PATH avx2
+#define LANES 8
+#define ROWS 6
+#include "painters.c"
+#undef PATH
+#undef LANES
+#undef ROWS
+#ifdef __clang__
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx2,fma,f16c")
+#endif
+#define PATH avx512
+#define LANES 16
+#define ROWS 12
+#include "painters.c"
+#undef PATH
+#undef LANES
+#undef ROWS
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+#endif  // LANES
+#ifdef LANES
+
+// ------------------------------------------------------------------------------------------------
+// 3b. Fast kernels (skip on first reading): compiled once for each size of vectors
+// ------------------------------------------------------------------------------------------------
+//
+// One loop does nearly all the work: tile() adds a few rows of x times a panel of WIDE columns to as
+// many rows of outputs, from the first column of x to the last. For matmul the panel is DEPTH
+// columns of WIDE rows of W, widened and turned around; for attention it is 16 keys, or 16 elements
+// of the values, as they lie in the cache. An output is one chain of sums in the order of columns,
+// whatever the number of rows, threads or pieces of cache.
+
+#define vec ON_PATH(vec)
+#define ivec ON_PATH(ivec)
+#define loose_vec ON_PATH(loose_vec)
+#define pick ON_PATH(pick)
+#define load ON_PATH(load)
+#define load_some ON_PATH(load_some)
+#define store_some ON_PATH(store_some)
+#define load_weights ON_PATH(load_weights)
+#define transpose ON_PATH(transpose)
+#define pack ON_PATH(pack)
+#define pack_of ON_PATH(pack_of)
+#define tile ON_PATH(tile)
+#define tile_of ON_PATH(tile_of)
+#define exp_of ON_PATH(exp_of)
+#undef VECS
+#define VECS (WIDE / LANES)
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef float loose_vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+INLINE vec pick(ivec mask, vec yes, vec no) {
+    return (vec)((mask & (ivec)yes) | (~mask & (ivec)no));
+}
+
+INLINE vec load(const float *p) { return *(const loose_vec *)p; }
+
+// At most n floats in a vector, zeros behind them: tails run through the same code as the rest.
+INLINE vec load_some(const float *p, int64_t n) {
+    vec v = {0};
+    if (n >= LANES) return load(p);
+    if (n > 0) memcpy(&v, p, (size_t)n * sizeof *p);
+    return v;
+}
+
+INLINE void store_some(float *p, vec v, int64_t n) {
+    if (n >= LANES) *(loose_vec *)p = v;
+    else if (n > 0) memcpy(p, &v, (size_t)n * sizeof *p);
+}
+
+// LANES neighbouring weights as float32 (8-bit ones without their scale).
+INLINE vec load_weights(const void *p, const int type) {
+    if (type == F32) return load(p);
+#if defined __x86_64__ && LANES == 8
+    if (type == Q8) return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p)));
+    if (type == F16) return (vec)_mm256_cvtph_ps(_mm_loadu_si128(p));
+    return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p)), 16);
+#elif defined __x86_64__ && LANES == 16
+    if (type == Q8) return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p)));
+    if (type == F16) return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(p));
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p)), 16);
+#else
+    vec v = {0};
+    for (int i = 0; i < LANES; i++) {
+        uint16_t half;
+        memcpy(&half, (const char *)p + (type == Q8 ? 0 : 2 * i), sizeof half);
+        v[i] = type == Q8 ? ((const int8_t *)p)[i] : type == F16 ? from_f16(half) : from_bf16(half);
+    }
+    return v;
+#endif
+}
+
+// A square of LANES x LANES: rows become columns.
+INLINE void transpose(vec r[LANES]) {
+#if defined __x86_64__ && LANES == 8
+    vec t[8];
+    UNROLL for (int i = 0; i < 8; i += 4) {     // squares of 4 x 4 inside each half
+        for (int j = 0; j < 2; j++) {
+            t[i + 2 * j] = _mm256_unpacklo_ps(r[i + 2 * j], r[i + 2 * j + 1]);
+            t[i + 2 * j + 1] = _mm256_unpackhi_ps(r[i + 2 * j], r[i + 2 * j + 1]);
+        }
+        r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+        r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+        r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    UNROLL for (int i = 0; i < 4; i++) {        // then the squares among themselves
+        vec a = r[i], b = r[i + 4];
+        r[i] = _mm256_permute2f128_ps(a, b, 0x20);
+        r[i + 4] = _mm256_permute2f128_ps(a, b, 0x31);
+    }
+#else
+    UNROLL for (int i = 0; i < LANES; i++) {
+        for (int j = 0; j < i; j++) {
+            float swapped = r[i][j];
+            r[i][j] = r[j][i];
+            r[j][i] = swapped;
+        }
+    }
+#endif
+}
+
+// panel[DEPTH][WIDE] = columns k0 .. k0 + depth of rows row .. row + WIDE of W, as float32. Rows that
+// W lacks repeat its last one: what comes of them is not stored.
+INLINE void pack_of(float *panel, const Tensor *w, int64_t row, int64_t k0, int64_t depth,
+                    const int type) {
+    const int bytes = type == F32 ? 4 : type == Q8 ? 1 : 2;
+    for (int o = 0; o < WIDE; o += LANES) {
+        const char *from[LANES];
+        int64_t at[LANES], groups = (w->cols + 31) / 32;
+        for (int i = 0; i < LANES; i++) {
+            at[i] = row + o + i < w->rows ? row + o + i : w->rows - 1;
+            from[i] = (const char *)w->data + (at[i] * w->cols + k0) * bytes;
+        }
+        for (int64_t k = 0; k < depth; k += LANES) {
+            vec r[LANES];
+            UNROLL for (int i = 0; i < LANES; i++) {
+                char tail[4 * LANES] = {0};
+                const char *p = from[i] + k * bytes;
+                if (depth - k < LANES) p = memcpy(tail, p, (size_t)((depth - k) * bytes));
+                r[i] = load_weights(p, type);
+                if (type == Q8) r[i] *= from_f16(w->scale[at[i] * groups + (k0 + k) / 32]);
+            }
+            transpose(r);
+            UNROLL for (int i = 0; i < LANES; i++) *(vec *)(panel + (k + i) * WIDE + o) = r[i];
+        }
+    }
+}
+
+static void pack(float *panel, const Tensor *w, int64_t row, int64_t k0, int64_t depth) {
+    switch (w->type) {
+    case F32: pack_of(panel, w, row, k0, depth, F32); break;
+    case F16: pack_of(panel, w, row, k0, depth, F16); break;
+    case BF16: pack_of(panel, w, row, k0, depth, BF16); break;
+    case Q8: pack_of(panel, w, row, k0, depth, Q8); break;
+    }
+}
+
+// c[rows][n] += a[rows][depth] . b[depth][WIDE], of which the first n <= WIDE outputs are stored.
+INLINE void tile_of(const int rows, float *c, int64_t ldc, const float *a, int64_t lda,
+                    const float *b, int64_t ldb, int64_t depth, int64_t n) {
+    vec sum[ROWS][VECS];
+    UNROLL for (int i = 0; i < rows; i++) {
+        UNROLL for (int v = 0; v < VECS; v++) {
+            sum[i][v] = load_some(c + i * ldc + v * LANES, n - v * LANES);
+        }
+    }
+    for (int64_t k = 0; k < depth; k++) {
+        vec w[VECS];
+        UNROLL for (int v = 0; v < VECS; v++) w[v] = load(b + k * ldb + v * LANES);
+        UNROLL for (int i = 0; i < rows; i++) {
+            UNROLL for (int v = 0; v < VECS; v++) sum[i][v] += a[i * lda + k] * w[v];
+        }
+    }
+    UNROLL for (int i = 0; i < rows; i++) {
+        UNROLL for (int v = 0; v < VECS; v++) {
+            store_some(c + i * ldc + v * LANES, sum[i][v], n - v * LANES);
+        }
+    }
+}
+
+// The same for any number of rows.
+static void tile(int64_t rows, float *c, int64_t ldc, const float *a, int64_t lda, const float *b,
+                 int64_t ldb, int64_t depth, int64_t n) {
+    for (; rows >= ROWS; rows -= ROWS, c += ROWS * ldc, a += ROWS * lda) {
+        tile_of(ROWS, c, ldc, a, lda, b, ldb, depth, n);
+    }
+    if (rows >= ROWS / 2) {
+        tile_of(ROWS / 2, c, ldc, a, lda, b, ldb, depth, n);
+        rows -= ROWS / 2, c += ROWS / 2 * ldc, a += ROWS / 2 * lda;
+    }
+    for (; rows > 0; rows--, c += ldc, a += lda) tile_of(1, c, ldc, a, lda, b, ldb, depth, n);
+}
+
+static void ON_PATH(matmul)(float *y, const float *x, const Tensor *w, const float *bias,
+                            int64_t n) {
+    enum { STRIDE = DEPTH + 16 };           // rows a power of two apart would share cache lines
+    int64_t cols = w->cols, blocks = (cols + DEPTH - 1) / DEPTH;
+    bool many = n >= ROWS;                  // then x is copied, block by block of its columns
+    float *copy = many ? scratch(0, blocks * n * STRIDE) : NULL;
+    #pragma omp parallel if (n * w->rows * cols > 1 << 18)
+    {
+        if (many) {
+            #pragma omp for
+            for (int64_t i = 0; i < blocks * n; i++) {
+                int64_t k = i / n * DEPTH, depth = cols - k < DEPTH ? cols - k : DEPTH;
+                memcpy(copy + i * STRIDE, x + i % n * cols + k, (size_t)depth * sizeof *x);
+            }
+        }
+        float *panel = scratch(1, (DEPTH + LANES) * WIDE);
+        #pragma omp for schedule(dynamic, 2)
+        for (int64_t row = 0; row < w->rows; row += WIDE) {
+            int64_t outputs = w->rows - row < WIDE ? w->rows - row : WIDE;
+            for (int64_t i = 0; i < n; i++) {
+                for (int64_t o = 0; o < outputs; o++) {
+                    y[i * w->rows + row + o] = bias ? bias[row + o] : 0;
+                }
+            }
+            for (int64_t b = 0; b < blocks; b++) {
+                int64_t k = b * DEPTH, depth = cols - k < DEPTH ? cols - k : DEPTH;
+                pack(panel, w, row, k, depth);
+                tile(n, y + row, w->rows, many ? copy + b * n * STRIDE : x + k,
+                     many ? STRIDE : cols, panel, WIDE, depth, outputs);
+            }
+        }
+    }
+}
+
+// e^x by 2^n * e^r with |r| <= ln(2) / 2 (Cody and Waite's reduction); subnormal results become 0.
+INLINE vec exp_of(vec x) {
+    vec t = x * 1.44269504f + 0x1.8p23f, n = t - 0x1.8p23f;     // rounds to an integer
+    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vec p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1;
+    p = (vec)((ivec)p + (ivec)((ivec)t << 23));
+    p = pick(x < -87.3365f, (vec){0}, p);
+    p = pick(x > 88.7228f, INFINITY - (vec){0}, p);
+    return pick(x == x, p, x);
+}
+
+static void ON_PATH(silu_multiply)(float *gate, const float *up, int64_t n) {
+    for (int64_t i = 0; i < n; i += LANES) {
+        vec x = load_some(gate + i, n - i);
+        store_some(gate + i, x / (1 + exp_of(-x)) * load_some(up + i, n - i), n - i);
+    }
+}
+
+// 1 - erf(z) as t * exp(polynomial(t) - z^2), a Chebyshev fit with relative error below 1.2e-7
+// (Press et al., Numerical Recipes, erfcc).
+static void ON_PATH(gelu)(float *x, int64_t n) {
+    static const float c[] = {0.17087277f, -0.82215223f, 1.48851587f, -1.13520398f, 0.27886807f,
+                              -0.18628806f, 0.09678418f, 0.37409196f, 1.00002368f, -1.26551223f};
+    for (int64_t i = 0; i < n; i += LANES) {
+        vec v = load_some(x + i, n - i), z = (vec)((ivec)v & 0x7fffffff) * 0.70710678f;
+        vec t = 1 / (1 + 0.5f * z), p = c[0] - (vec){0};
+        for (int j = 1; j < 10; j++) p = p * t + c[j];
+        vec half = 0.5f * t * exp_of(p - z * z);
+        store_some(x + i, v * pick(v < 0, half, 1 - half), n - i);
+    }
+}
+
+static void ON_PATH(attend)(float *out, const float *q, int64_t ld, int64_t n, int64_t group,
+                            int64_t head_dim, const Span *spans, int64_t n_spans, int64_t past,
+                            bool causal) {
+    enum { CHUNK = 4 * ROWS };              // rows that read keys and values together
+    int64_t stride = (head_dim + 15) / 16 * 16, lda = stride + 1;
+    int64_t keys_padded = (past + n + 31) / 16 * 16, ldp = keys_padded + 16, rows;
+    float *p = scratch(1, CHUNK * (ldp + stride + lda)), *c = p + CHUNK * ldp, *a = c + CHUNK * stride;
+    for (int64_t i0 = 0; i0 < n * group; i0 += rows) {
+        rows = n * group - i0 < CHUNK ? n * group - i0 : CHUNK;
+        int64_t last = i0 + rows - 1, most = causal ? past + last / group + 1 : past + n, start = 0;
+        for (int64_t i = 0; i < rows; i++) {
+            const float *from = q + (i0 + i) / group * ld + (i0 + i) % group * head_dim;
+            for (int64_t d = 0; d < head_dim; d++) a[i * lda + d] = from[d] / sqrtf((float)head_dim);
+            memset(p + i * ldp, 0, (size_t)ldp * sizeof *p);
+            memset(c + i * stride, 0, (size_t)stride * sizeof *c);
+        }
+        for (const Span *s = spans; s < spans + n_spans && start < most; start += s++->count) {
+            int64_t keys = most - start < s->count ? most - start : s->count;
+            for (int64_t t = 0; t < keys; t += WIDE) {
+                tile(rows, p + start + t, ldp, a, lda, s->k + t * head_dim, WIDE, head_dim,
+                     keys - t < WIDE ? keys - t : WIDE);
+            }
+        }
+        float sums[CHUNK];
+        for (int64_t i = 0; i < rows; i++) {        // softmax; keys that are not seen get weight 0
+            int64_t seen = causal ? past + (i0 + i) / group + 1 : most;
+            float *row = p + i * ldp, max = row[0];
+            for (int64_t t = 1; t < seen; t++) max = row[t] > max ? row[t] : max;
+            for (int64_t t = seen; t < keys_padded; t++) row[t] = -INFINITY;
+            vec sum = {0};
+            for (int64_t t = 0; t < keys_padded; t += LANES) {
+                vec e = exp_of(load(row + t) - max);
+                *(loose_vec *)(row + t) = e;
+                sum += e;
+            }
+            sums[i] = 0;
+            for (int j = 0; j < LANES; j++) sums[i] += sum[j];
+        }
+        start = 0;
+        for (const Span *s = spans; s < spans + n_spans && start < most; start += s++->count) {
+            int64_t keys = most - start < s->count ? most - start : s->count;
+            for (int64_t t = 0; t < keys; t += DEPTH) {     // values stay in the cache for all rows
+                for (int64_t d = 0; d < stride; d += WIDE) {
+                    tile(rows, c + d, stride, p + start + t, ldp, s->v + t * stride + d, stride,
+                         keys - t < DEPTH ? keys - t : DEPTH, WIDE);
+                }
+            }
+        }
+        for (int64_t i = 0; i < rows; i++) {
+            float *to = out + (i0 + i) / group * ld + (i0 + i) % group * head_dim;
+            for (int64_t d = 0; d < head_dim; d++) to[d] = c[i * stride + d] / sums[i];
+        }
+    }
+}
+
+#endif  // LANES
+#ifndef LANES
+
+// ------------------------------------------------------------------------------------------------
+// 3c. Choosing the kernels
+// ------------------------------------------------------------------------------------------------
+
+typedef struct {                // one way to compute all this; the last that the CPU has is taken
     const char *name;
+    int level;                  // of the CPU: 0 any, 1 AVX2, 2 AVX-512
     void (*matmul)(float *, const float *, const Tensor *, const float *, int64_t);
     void (*attend)(float *, const float *, int64_t, int64_t, int64_t, int64_t, const Span *,
                    int64_t, int64_t, bool);
@@ -1077,19 +1455,30 @@ typedef struct {                // one way to compute all this; the first that t
 } Kernels;
 
 static const Kernels kernel_table[] = {
-    {"plain", plain_matmul, plain_attend, plain_silu_multiply, plain_gelu},
+    {"plain", 0, plain_matmul, plain_attend, plain_silu_multiply, plain_gelu},
+    {"generic", 0, matmul_generic, attend_generic, silu_multiply_generic, gelu_generic},
+#ifdef __x86_64__
+    {"avx2", 1, matmul_avx2, attend_avx2, silu_multiply_avx2, gelu_avx2},
+    {"avx512", 2, matmul_avx512, attend_avx512, silu_multiply_avx512, gelu_avx512},
+#endif
 };
 enum { N_KERNELS = sizeof kernel_table / sizeof *kernel_table };
-static const Kernels *kernels = &kernel_table[N_KERNELS - 1];
+static const Kernels *kernels = &kernel_table[0];
 
 // Chooses a path by name, or the fastest one this CPU has when name is NULL.
 static void kernels_init(const char *name) {
-    for (int i = 0; i < N_KERNELS; i++) {
-        if (name && strcmp(name, kernel_table[i].name)) continue;
+    int level = 0;
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) level = 1;
+    if (level && __builtin_cpu_supports("avx512f")) level = 2;
+#endif
+    for (int i = N_KERNELS - 1; i >= 0; i--) {
+        if (kernel_table[i].level > level || (name && strcmp(name, kernel_table[i].name))) continue;
         kernels = &kernel_table[i];
         return;
     }
-    die("--kernels: there is no \"%s\"; leave the flag out", name);
+    die("--kernels: this CPU has no \"%s\"; leave the flag out, or use plain", name);
 }
 
 static const char *kernels_name(void) { return kernels->name; }
@@ -1699,7 +2088,8 @@ typedef struct Tokenizer {
 enum {
     WORD_CHARS = 100,       // WordPiece: a word of more characters is unknown
     LONGEST_PIECE = 4000,   // bytes
-    LONGEST_VERBATIM = 255
+    LONGEST_VERBATIM = 255,
+    LONGEST_STRING = 8      // code points that one can become
 };
 
 // Reads the code point at s, n > 0 bytes before the end of the text, and returns its length. A
@@ -1845,7 +2235,8 @@ static bool good_range(const Tokenizer *t, int64_t i) {
     case RULE_COMBINING: return v > 0 && v < 256;
     case RULE_HANGUL: return first >= 0xAC00 && last <= 0xD7A3;
     case RULE_STRING:
-        if (v < 0 || v >= t->n_strings || t->string[v] >= t->n_strings - v) return false;
+        if (v < 0 || v >= t->n_strings || t->string[v] >= t->n_strings - v
+            || t->string[v] > LONGEST_STRING) return false;
         for (int64_t k = 1; k <= t->string[v]; k++) {
             if (t->string[v + k] > 0x10FFFF) return false;
         }
@@ -2924,6 +3315,7 @@ typedef struct {
     char **labels, **stops;
     int64_t max_tokens;
     double chance;
+    uint64_t hash;                          // of the file's bytes
     Item *items;
     int64_t n_items;
     char *text;                             // the file's bytes, which the fields point into
@@ -3296,7 +3688,7 @@ static Task *task_load(const char *path) {
     t->text = read_file(path, &bytes);
     t->chance = NAN;
     t->max_tokens = 256;
-    uint64_t hash = hash_bytes((unsigned char *)t->text, bytes);
+    t->hash = hash_bytes((unsigned char *)t->text, bytes);
     char *at = t->text, *end = at + bytes;
     if (!strncmp(at, "\xef\xbb\xbf", 3)) at += 3;
     while (at < end) {
@@ -3330,6 +3722,11 @@ static Task *task_load(const char *path) {
     if (!t->kind || !t->name || !t->n_metrics) {
         die("%s: line 1: name=, kind= and metrics= are needed", path);
     }
+    for (const char *c = t->name; *c; c++) {    // it becomes a column of tables and a file name
+        if (!strchr("._-", *c) && !(*c >= '0' && *c <= '9') && !((*c | 32) >= 'a' && (*c | 32) <= 'z')) {
+            die("%s: line 1: the name \"%s\" has other characters than A-Z a-z 0-9 . _ -", path, t->name);
+        }
+    }
     if (!strcmp(t->kind->name, "classify") && t->n_labels < 2) {
         die("%s: line 1: labels=A|B|... is needed for kind classify", path);
     }
@@ -3337,7 +3734,7 @@ static Task *task_load(const char *path) {
     if (!t->n_items) die("%s: line 2: no items; a task has at least one", path);
     t->cut = allocate(t->n_items, sizeof *t->cut, "items");
     Text id = {0};
-    text_printf(&id, "#task\t%s\t%016llx\t%s\t%lld\t%.9g\t", t->name, (unsigned long long)hash,
+    text_printf(&id, "#task\t%s\t%016llx\t%s\t%lld\t%.9g\t", t->name, (unsigned long long)t->hash,
                 t->kind->name, (long long)t->n_items, t->chance);
     for (int i = 0; i < t->n_metrics; i++) {
         text_printf(&id, "%s%s", i ? "," : "", t->metrics[i]->name);
@@ -3481,7 +3878,8 @@ static int store_task(Store *st, Task *t, bool wanted) {
     return st->n_tasks++;
 }
 
-// A task as a line of a result file knows it: #task name hash kind items chance metrics.
+// A task as a line of a result file knows it: #task name hash kind items chance metrics, and with
+// --probe what its classifier was fitted on.
 static Task *task_from_line(const char *line, const char *path, int64_t number) {
     Task *t = allocate(1, sizeof *t, "task");
     int n, n_metrics = 0;
@@ -3489,7 +3887,7 @@ static Task *task_from_line(const char *line, const char *path, int64_t number) 
     t->identity = copy_string(line);
     t->text = copy_string(line);
     char **field = split(t->text, '\t', &n), **metric = NULL;
-    for (int i = 0; i < N_KINDS && n == 7; i++) {
+    for (int i = 0; i < N_KINDS && n >= 7; i++) {
         if (!strcmp(kinds[i].name, field[3])) t->kind = &kinds[i];
     }
     if (!t->kind || !parse_int(field[4], 1, INT64_MAX / 64, &t->n_items) ||
@@ -3530,6 +3928,10 @@ static void store_record(Store *st, char *line, const char *path, int64_t number
         double value;
         if (!parse_double(field[4 + i], &value)) {
             die("%s: %s: \"%s\" is not a number", path, place, field[4 + i]);
+        }
+        if (t->kind->output == CLASSIFIES && strcmp(t->kind->name, "regress") &&
+            (value < 0 || value > 65535 || value != floor(value))) {
+            die("%s: %s: \"%s\" is no label", path, place, field[4 + i]);
         }
         if (e->state[task][item] != MISSING && kept[i] != value) {
             die("%s: %s: another result of item %lld of %s under %s than before; the files do not "
@@ -3599,12 +4001,13 @@ static void store_open(Store *st, const char *path) {
     char *own[MAX_TASKS];
     for (int i = 0; i < known; i++) own[i] = st->tasks[i]->identity;
     fseek(f, 0, SEEK_END);
-    bool fresh = ftell(f) == 0;
-    int64_t whole = fresh ? 0 : store_read(st, path);
+    int64_t length = ftell(f), whole = length > 0 ? store_read(st, path) : 0;
 #ifdef _WIN32
-    if (_chsize_s(_fileno(f), whole)) die("%s: cannot be cut: %s", path, strerror(errno));
+    if (whole < length && _chsize_s(_fileno(f), whole)) die("%s: cannot be cut: %s", path, strerror(errno));
 #else
-    if (ftruncate(fileno(f), (off_t)whole)) die("%s: cannot be cut: %s", path, strerror(errno));
+    if (whole < length && ftruncate(fileno(f), (off_t)whole)) {
+        die("%s: cannot be cut: %s", path, strerror(errno));
+    }
 #endif
     st->path = path;
     st->out = f;
@@ -3818,11 +4221,15 @@ static void classify_requests(Evaluation *e, int i) {
     release(z);
 }
 
-static void write_escaped(FILE *f, const char *s) {
-    for (; s && *s; s++) {
-        const char *at = strchr("\nn\tt\rr\\\\", *s);
-        if (at && (at - "\nn\tt\rr\\\\") % 2 == 0) fprintf(f, "\\%c", at[1]);
-        else fputc(*s, f);
+// A text as a field of --log: escaped, and bytes that are no UTF-8 as U+FFFD.
+static void write_escaped(FILE *f, const Text *text) {
+    for (int64_t i = 0, n; i < text->n; i += n) {
+        uint32_t code;
+        char out[4];
+        n = utf8_read(text->s + i, text->n - i, &code);
+        const char *plain = "\n\t\r\\", *at = code && code < 128 ? strchr(plain, (int)code) : NULL;
+        if (at) fprintf(f, "\\%c", "ntr\\"[at - plain]);
+        else fwrite(out, 1, (size_t)utf8_write(out, code), f);
     }
 }
 
@@ -3848,9 +4255,9 @@ static void keep_item(Evaluation *e, int i, const Request *r, int64_t n, const d
     for (int k = 0; k < width; k++) fprintf(e->log, "\t%.9g", value[k]);
     fputc('\t', e->log);
     for (int64_t k = 0; k < n && t->kind->output == SCORES; k++) {
-        fprintf(e->log, "%s%.6f", k ? " " : "", r[k].loglik);
+        fprintf(e->log, "%s%.12g", k ? " " : "", r[k].loglik);
     }
-    if (t->kind->output != SCORES) write_escaped(e->log, r->text.s);
+    if (t->kind->output != SCORES) write_escaped(e->log, &r->text);
     fputc('\n', e->log);
 }
 
@@ -3887,7 +4294,7 @@ static bool voice_takes(const Evaluation *e, Voice *v, int token) {
     char *cut = NULL;
     v->made++;
     if (token == e->s->model->eos) return true;
-    decode(e->s->model->tokenizer, v->previous, token, text);
+    decode(e->s->model->tokenizer, text->n ? token : -1, token, text);  // -1: a text begins
     v->previous = token;
     for (int i = 0; i < t->n_stops; i++) {      // cut at the first of the stop texts
         char *stop = strstr(text->s, t->stops[i]);
@@ -4230,27 +4637,18 @@ static void run_requests(Evaluation *e) {
 // 10. Reports: result rows -> table, summary, chart in the terminal, figures as SVG
 // ------------------------------------------------------------------------------------------------
 
-// Rows are sorted by the keys below, so that a study (one model, one BOS setting), a panel (one
-// metric of one task), a series (one line of a figure) and a point are spans of neighbours. The
-// summary becomes rows of a panel of its own: what prints and draws a task also serves it.
-#define STUDY "fTb"             // family, number of layers T, BOS
-#define PANEL STUDY "t1m"       // task, first metric, metric
+// All rows of a report are of one model and one BOS setting. They are sorted by the keys below, so
+// that a panel (one metric of one task), a series (one line of a figure) and a point are spans of
+// neighbours. The summary becomes rows of a panel of its own: what draws a task also draws it.
+#define PANEL "t1m"             // task, first metric or not, metric
 #define SERIES "MR"             // method, R
 #define POINT SERIES "Sp"       // start, path
 #define SCHEDULE POINT "k"      // seed
 
-// The metrics of the rows made here: what a task adds to the summary, and the summary itself.
-static const char SCORE[] = "score", MEAN[] = "mean score";
-static const char MEDIAN[] = "median of (score − chance) / (full − chance)";
-
-static bool is_summary(const Row *r) {
-    return r->metric == MEAN || r->metric == MEDIAN;
-}
+static const char MEAN[] = "mean", MEDIAN[] = "median";    // metrics of the summary, made here
 
 static const Intervention *row_method(const Row *r) {
-    int i = 0;
-    while (i < N_INTERVENTIONS && strcmp(r->method, interventions[i].name)) i++;
-    return i < N_INTERVENTIONS ? &interventions[i] : NULL;
+    return intervention_named(r->method, strlen(r->method));
 }
 
 // The order of tables and legends: the baseline, the methods as in `interventions`, then paths.
@@ -4259,37 +4657,25 @@ static int method_rank(const Row *r) {
     return v ? 1 + (int)(v - interventions) : strcmp(r->method, "baseline") ? 1000 : 0;
 }
 
-// An argument is a seed, whose points are averaged, or makes a series of its own, as R does.
-static bool has_seed(const Row *r) {
+// Whether a row's second number is that of this flag.
+static bool takes(const Row *r, const char *flag) {
     const Intervention *v = row_method(r);
-    return v && v->argument_flag && !strcmp(v->argument_flag, "seed");
-}
-
-static bool has_turns(const Row *r) {
-    const Intervention *v = row_method(r);
-    return v && v->argument_flag && !has_seed(r);
-}
-
-static int order(double a, double b) {
-    return (a > b) - (a < b);
+    return v && v->argument_flag && !strcmp(v->argument_flag, flag);
 }
 
 static int compare_rows(const Row *a, const Row *b, const char *keys) {
     int c = 0;
     for (; *keys && !c; keys++) {
         switch (*keys) {
-        case 'f': c = strcmp(b->family, a->family); break;      // Llama before BERT
-        case 'T': c = order(a->layers, b->layers); break;
-        case 'b': c = strcmp(a->bos, b->bos); break;
         case 't': c = strcmp(a->task, b->task); break;
         case '1': c = b->first - a->first; break;
         case 'm': c = strcmp(a->metric, b->metric); break;
         case 'M': c = method_rank(a) - method_rank(b); break;
-        case 'R': c = has_turns(a) ? order((double)a->arg, (double)b->arg) : 0; break;
-        case 'S': c = order(a->start, b->start); break;
+        case 'R': c = takes(a, "seed") ? 0 : (a->arg > b->arg) - (a->arg < b->arg); break;
+        case 'S': c = a->start - b->start; break;
         case 'p': c = a->start < 0 ? strcmp(a->schedule, b->schedule) : 0; break;
         case 'k': c = (a->arg > b->arg) - (a->arg < b->arg); break;
-        case 'v': c = order(a->value, b->value); break;
+        case 'v': c = (a->value > b->value) - (a->value < b->value); break;
         }
     }
     return c;
@@ -4313,283 +4699,175 @@ static int64_t span(const Row *rows, int64_t n, const char *keys) {
     return k;
 }
 
-static const Row *find_row(const Row *rows, int64_t n, const char *keys, const Row *wanted) {
-    for (int64_t i = 0; i < n; i++) {
-        if (!compare_rows(rows + i, wanted, keys)) return rows + i;
+// Sorts rows and makes one of those with equal keys: their mean or median, the standard deviation
+// of several as error, their number as n. Returns how many rows are left.
+static int64_t merge_rows(Row *rows, int64_t n, const char *keys, bool median) {
+    int64_t kept = 0;
+    sort_rows(rows, n, keys);
+    for (int64_t i = 0, k; i < n; i += k) {
+        Row r = rows[i];
+        double sum = 0, chance = 0, squares = 0;
+        k = span(rows + i, n - i, keys);
+        for (int64_t j = i; j < i + k; j++) {
+            sum += rows[j].value;
+            chance += rows[j].chance;
+        }
+        r.value = sum / (double)k;
+        r.chance = chance / (double)k;
+        r.n = k;
+        for (int64_t j = i; j < i + k; j++) squares += pow(rows[j].value - r.value, 2);
+        if (k > 1) r.error = sqrt(squares / (double)(k - 1));
+        if (median && !isnan(sum)) {
+            sort_rows(rows + i, k, "v");
+            r.value = (rows[i + (k - 1) / 2].value + rows[i + k / 2].value) / 2;
+        }
+        rows[kept++] = r;
     }
-    return NULL;
+    return kept;
 }
 
 static bool is_llama(const Row *r) {
     return !strcmp(r->family, "llama");
 }
 
+static bool is_summary(const Row *r) {
+    return r->metric == MEAN || r->metric == MEDIAN;
+}
+
 static bool lower_is_better(const Row *r) {
     return strstr(r->metric, "perplexity") != NULL;
 }
 
-// Why a task, a sorted span of n rows, does not count in the summary; NULL if it does.
-static const char *why_left_out(const Row *task, int64_t n) {
-    if (!task->first) return "its first metric is missing";
-    if (lower_is_better(task)) return "its first metric is a perplexity";
-    if (!is_llama(task)) return NULL;
-    if (isnan(task->chance)) return "its chance level is unknown";
-    if (!n || method_rank(task)) return "it has no baseline";
-    return task->value > task->chance ? NULL : "its baseline is not above chance";
-}
-
-// What a task (sorted, its baseline in front) adds to the summary of the schedule of r, a row of
-// its first metric. Llama: (score - chance) / (full - chance); BERT: the mean over its metrics.
-static Row task_score(const Row *task, int64_t n, const Row *r) {
-    Row score = *r;
-    double values = 0, errors = 0, count = 0;
-    score.metric = SCORE;
-    score.first = false;
-    score.value = (r->value - r->chance) / (task->value - r->chance);
-    score.error = NAN;
-    for (int64_t i = 0; i < n && !is_llama(r); i++) {
-        if (lower_is_better(task + i) || compare_rows(task + i, r, SCHEDULE)) continue;
-        values += task[i].value;
-        errors += task[i].error;
-        count++;
-        score.value = values / count;
-        score.error = errors / count;
-    }
-    return score;
-}
-
-// The summary of one schedule from its n task scores, which get sorted. Llama: the median, without
-// an error; BERT: the mean, with the error of a mean of independent scores.
-static Row summary_score(Row *scores, int64_t n) {
-    Row s = *scores;
-    double sum = 0, chance = 0, squares = 0;
-    for (int64_t i = 0; i < n; i++) {
-        sum += scores[i].value;
-        chance += scores[i].chance;
-        squares += scores[i].error * scores[i].error;
-    }
-    sort_rows(scores, n, "v");
-    s.task = "summary";
-    s.metric = is_llama(&s) ? MEDIAN : MEAN;
-    s.value = sum / (double)n;
-    s.error = sqrt(squares) / (double)n;
-    s.chance = is_llama(&s) ? 0 : chance / (double)n;
-    if (is_llama(&s) && !isnan(sum)) {
-        s.value = (scores[(n - 1) / 2].value + scores[n / 2].value) / 2;
-    }
-    s.n = n;
-    s.cut = 0;
-    s.first = true;
-    return s;
-}
-
-// The scores of one study's tasks and, of schedules with a score in every task, their summaries.
-// Returns how many rows that makes, at most 2n.
-static int64_t add_scores(Row *out, const Row *study, int64_t n) {
-    int64_t n_scores = 0, n_tasks = 0, n_summaries = 0;
+// The summary: the median or mean of the tasks' scores, for schedules that have them all. A score
+// is, for Llama, (score - chance) / (full - chance) of the first metric, if the baseline is above
+// chance; for BERT, the mean of the task's metrics. Perplexities do not count. rows: n sorted rows.
+// Returns how many rows it made, at most n; their `cut` is the number of tasks.
+static int64_t make_summary(Row *out, const Row *rows, int64_t n) {
+    int64_t n_out = 0, n_tasks = 0, kept = 0;
     for (int64_t i = 0, k; i < n; i += k) {
-        k = span(study + i, n - i, "t");
-        if (why_left_out(study + i, k)) continue;
-        const Row *task = study + i, *end = task + span(task, k, "m");
-        for (const Row *r = task; r < end; r++) out[n_scores++] = task_score(task, k, r);
+        const Row *task = rows + i;
+        double range = is_llama(task) ? task->value - task->chance : 1;
+        k = span(task, n - i, "t");
+        if (!task->first || lower_is_better(task)) continue;
+        if (is_llama(task) && (method_rank(task) || !(range > 0))) continue;
         n_tasks++;
+        for (const Row *r = task; r < task + k; r++) {
+            if (lower_is_better(r) || (is_llama(r) && !r->first)) continue;
+            out[n_out] = *r;
+            if (is_llama(r)) out[n_out].value = (r->value - r->chance) / range;
+            n_out++;
+        }
     }
-    sort_rows(out, n_scores, SCHEDULE);
-    for (int64_t i = 0, k; i < n_scores; i += k) {
-        k = span(out + i, n_scores - i, SCHEDULE);
-        if (k == n_tasks) out[n_scores + n_summaries++] = summary_score(out + i, k);
+    n_out = merge_rows(out, n_out, "t" SCHEDULE, false);
+    for (Row *r = out; r < out + n_out; r++) {
+        r->task = "summary";
+        r->metric = is_llama(r) ? MEDIAN : MEAN;
+        r->first = true;
+        if (is_llama(r)) r->chance = 0;
     }
-    return n_scores + n_summaries;
+    n_out = merge_rows(out, n_out, SCHEDULE, n && is_llama(rows));
+    for (const Row *r = out; r < out + n_out; r++) {
+        if (r->n < n_tasks) continue;
+        out[kept] = *r;
+        out[kept].error = NAN;                  // the deviation over tasks is no error
+        out[kept++].cut = n_tasks;
+    }
+    return kept;
 }
 
-// A sorted copy of rows, each schedule once, with task scores and summaries added.
-static Row *prepare_rows(const Row *rows, int64_t *n) {
-    Row *all = allocate(3 * *n + 1, sizeof *all, "result rows");
-    int64_t kept = 0, more = 0;
-    if (*n) memcpy(all, rows, (size_t)*n * sizeof *all);
-    sort_rows(all, *n, PANEL SCHEDULE);
-    for (int64_t i = 0; i < *n; i++) {
-        if (!kept || compare_rows(all + kept - 1, all + i, PANEL SCHEDULE)) all[kept++] = all[i];
-    }
-    for (int64_t i = 0, k; i < kept; i += k) {
-        k = span(all + i, kept - i, STUDY);
-        more += add_scores(all + kept + more, all + i, k);
-    }
-    *n = kept + more;
-    sort_rows(all, *n, PANEL SCHEDULE);
+// A sorted copy of the rows, with the summary behind them.
+static Row *sorted_rows(const Row *rows, int64_t n, int64_t *n_summary) {
+    Row *all = allocate(2 * n + 1, sizeof *all, "result rows");
+    if (n) memcpy(all, rows, (size_t)n * sizeof *all);
+    sort_rows(all, n, PANEL SCHEDULE);
+    *n_summary = make_summary(all + n, all, n);
     return all;
-}
-
-// The points of sorted panels: the seeds of random at one start become one row that has their mean,
-// their standard deviation as error and their number as arg.
-static Row *merge_seeds(const Row *rows, int64_t n, int64_t *n_points) {
-    Row *points = allocate(n + 1, sizeof *points, "points of a figure");
-    *n_points = 0;
-    for (int64_t i = 0, k; i < n; i += k) {
-        k = span(rows + i, n - i, PANEL POINT);
-        Row *p = points + (*n_points)++;
-        *p = rows[i];
-        if (!has_seed(p)) continue;
-        double sum = 0, squares = 0;
-        for (int64_t j = i; j < i + k; j++) sum += rows[j].value;
-        p->value = sum / (double)k;
-        for (int64_t j = i; j < i + k; j++) squares += pow(rows[j].value - p->value, 2);
-        if (k > 1) p->error = sqrt(squares / (double)(k - 1));
-        p->arg = k;
-    }
-    return points;
 }
 
 // ------------------------------------------------------------------------------------------------
 // Tables and charts
 // ------------------------------------------------------------------------------------------------
 
-// Prints lines of tab-separated cells as columns two spaces apart, columns of numbers flush right.
-// All lines have as many cells as the first. Takes the text apart.
-static void print_columns(FILE *f, Text *t) {
-    int64_t columns = 1, n = 0, capacity = 0;
-    char **cell = NULL;
-    for (const char *p = t->s; *p != '\n'; p++) columns += *p == '\t';
-    for (char *p = t->s; *p; p++) {
-        cell = grow(cell, &capacity, n + 1, sizeof *cell, "table");
-        cell[n++] = p;
-        p += strcspn(p, "\t\n");
-        *p = 0;
-    }
-    int64_t *width = allocate(columns, sizeof *width, "table");
-    bool *words = allocate(columns, sizeof *words, "table");
-    for (int64_t i = 0; i < n; i++) {
-        int64_t c = i % columns, w = count_codepoints(cell[i]);
-        double number;
-        if (w > width[c]) width[c] = w;
-        bool word = strcmp(cell[i], "-") && !parse_double(cell[i], &number);
-        if (i >= columns && word) words[c] = true;
-    }
-    for (int64_t i = 0; i < n; i++) {
-        int64_t c = i % columns;
-        int pad = (int)(width[c] - count_codepoints(cell[i]));
-        bool last = c == columns - 1;
-        fprintf(f, "%*s%s", words[c] ? 0 : pad, "", cell[i]);
-        fprintf(f, "%*s%s", words[c] && !last ? pad : 0, "", last ? "\n" : "  ");
-    }
-    release(cell);
-    release(width);
-    release(words);
-}
-
-// A cell of a table: NaN is "-", and names have no blanks.
-static void add_value(Text *t, double v) {
-    if (isnan(v)) text_printf(t, "\t-");
-    else text_printf(t, fabs(v) < 1e4 ? "\t%.4f" : "\t%.5g", v);
-}
-
-static void add_name(Text *t, const char *name) {
-    int64_t at = t->n;
-    text_printf(t, "%s", *name ? name : "-");
-    for (; at < t->n; at++) {
-        if ((unsigned char)t->s[at] <= ' ') t->s[at] = '_';
-    }
-}
-
-static void add_integer(Text *t, bool there, int64_t v) {
-    if (there) text_printf(t, "\t%lld", (long long)v);
-    else text_printf(t, "\t-");
-}
-
-static void add_path(Text *t, const Row *r) {
-    text_printf(t, "\t%s\n", strcmp(r->method, "path") ? "-" : r->schedule);
-}
-
-static void add_study(Text *t, const Row *r) {
-    bool bos = strcmp(r->bos, "-") != 0;
-    text_printf(t, "%s, %d layers%s%s", is_llama(r) ? "Llama" : "BERT", r->layers, bos ? ", " : "",
-                bos ? r->bos : "");
-}
-
-// Every row, in aligned columns, one block for each model and BOS setting under a line that begins
-// with "#". Cells hold no blanks, so that awk and sort find them; only paths, at the end, do.
-static void report_table(FILE *f, const Row *rows, int64_t n) {
-    Row *all = prepare_rows(rows, &n);
-    for (int64_t i = 0, k; i < n; i += k) {
-        Text t = {0};
-        k = span(all + i, n - i, STUDY);
-        add_study(&t, all + i);
-        fprintf(f, "%s# %s\n", i ? "\n" : "", t.s);
-        t.n = 0;
-        text_printf(&t, "task\tmetric\tmethod\tS/k\tseed/R\tvalue\t±\titems\tcut\tBOS\tpath\n");
-        for (const Row *r = all + i; r < all + i + k; r++) {
-            if (r->metric == SCORE || is_summary(r)) continue;
-            add_name(&t, r->task);
-            text_printf(&t, "\t%s\t%s", r->metric, r->method);
-            add_integer(&t, r->start >= 0, r->start);
-            add_integer(&t, has_seed(r) || has_turns(r), r->arg);
-            add_value(&t, r->value);
-            add_value(&t, r->error);
-            text_printf(&t, "\t%lld\t%lld\t%s", (long long)r->n, (long long)r->cut, r->bos);
-            add_path(&t, r);
+// Prints lines of tab-separated cells as columns two spaces apart, the first `left` of them flush
+// left, the last one as it is. All lines have as many cells as the first.
+static void print_columns(FILE *f, const char *text, int left) {
+    int width[MAX_TASKS + 16] = {0};
+    for (int pass = 0; pass < 2; pass++) {
+        int column = 0;
+        for (const char *p = text; *p; p++) {
+            int bytes = (int)strcspn(p, "\t\n"), wide = 0;
+            for (int i = 0; i < bytes; i++) wide += (p[i] & 0xC0) != 0x80;
+            bool last = p[bytes] == '\n';
+            int pad = last ? 0 : width[column] - wide;
+            if (pass) {
+                fprintf(f, "%*s%.*s", column < left ? 0 : pad, "", bytes, p);
+                fprintf(f, "%*s%s", column < left ? pad : 0, "", last ? "\n" : "  ");
+            } else if (wide > width[column]) width[column] = wide;
+            column = last ? 0 : column + 1;
+            p += bytes;
         }
-        print_columns(f, &t);
-        release(t.s);
     }
+}
+
+// A cell with a number; NaN is "-".
+static void add_number(Text *t, const char *format, double v) {
+    char number[40] = "-";
+    if (!isnan(v)) snprintf(number, sizeof number, format, v);
+    text_printf(t, "\t%s", number);
+}
+
+static void add_model(Text *t, const Row *r) {
+    text_printf(t, "%s, %d layers%s%s", is_llama(r) ? "Llama" : "BERT", r->layers,
+                strcmp(r->bos, "-") ? ", " : "", strcmp(r->bos, "-") ? r->bos : "");
+}
+
+static const char *metric_label(const Row *r) {
+    return r->metric == MEDIAN ? "median of (score − chance) / (full − chance)"
+         : r->metric == MEAN ? "mean of the scores" : r->metric;
+}
+
+// Prints rows in aligned columns, under a line that begins with "#". Cells hold no blanks, so that
+// awk and sort find them; only paths, at the end, do.
+static void print_rows(FILE *f, const Row *rows, int64_t n) {
+    if (!n) return;
+    bool summary = is_summary(rows);
+    Text t = {0};
+    add_model(&t, rows);
+    if (summary) text_printf(&t, ": %s; tasks: %lld", metric_label(rows), (long long)rows->cut);
+    fprintf(f, "# %s\n", t.s);
+    t.n = 0;
+    text_printf(&t, "task\tmetric\tmethod\tS/k\tseed/R\tvalue\terror\t%s\tcut\tBOS\tpath\n",
+                summary ? "seeds" : "items");
+    for (const Row *r = rows; r < rows + n; r++) {
+        bool argument = takes(r, "times") || (takes(r, "seed") && !summary);
+        text_printf(&t, "%s\t%s\t%s", r->task, r->metric, r->method);
+        add_number(&t, "%.0f", r->start < 0 ? NAN : r->start);
+        add_number(&t, "%.0f", argument ? (double)r->arg : NAN);
+        add_number(&t, fabs(r->value) < 1e4 ? "%.4f" : "%.5g", r->value);
+        add_number(&t, fabs(r->error) < 1e4 ? "%.4f" : "%.5g", r->error);
+        add_number(&t, "%.0f", (double)r->n);
+        add_number(&t, "%.0f", summary ? NAN : (double)r->cut);
+        text_printf(&t, "\t%s\t%s\n", r->bos, strcmp(r->method, "path") ? "-" : r->schedule);
+    }
+    print_columns(f, t.s, 3);
+    fputc('\n', f);
+    release(t.s);
+}
+
+// Every row.
+static void report_table(FILE *f, const Row *rows, int64_t n) {
+    int64_t n_summary;
+    Row *all = sorted_rows(rows, n, &n_summary);
+    print_rows(f, all, n);
     release(all);
 }
 
-// One study's summaries and the task scores that they are made of, a line for each schedule.
-static void print_summary(FILE *f, const Row *study, int64_t n) {
-    Row *scores = allocate(n + 1, sizeof *scores, "summary");
-    int64_t n_scores = 0, n_points;
-    for (int64_t i = 0; i < n; i++) {
-        if (study[i].metric == SCORE || is_summary(study + i)) scores[n_scores++] = study[i];
-    }
-    Row *point = merge_seeds(scores, n_scores, &n_points);
-    Text t = {0};
-    text_printf(&t, "method\tS/k\tR\tseeds\tsummary\t±");
-    for (int64_t i = 0; i < n_scores; i += span(scores + i, n_scores - i, PANEL)) {
-        if (is_summary(scores + i)) continue;
-        text_printf(&t, "\t");
-        add_name(&t, scores[i].task);
-    }
-    text_printf(&t, "\tpath\n");
-    sort_rows(point, n_points, POINT);
-    for (int64_t i = 0, k; i < n_points; i += k) {
-        const Row *p = point + i, *s = p;
-        k = span(p, n_points - i, POINT);
-        while (s < p + k && !is_summary(s)) s++;
-        text_printf(&t, "%s", p->method);
-        add_integer(&t, p->start >= 0, p->start);
-        add_integer(&t, has_turns(p), p->arg);
-        add_integer(&t, has_seed(p) && s < p + k, s->arg);
-        add_value(&t, s < p + k ? s->value : NAN);
-        add_value(&t, s < p + k ? s->error : NAN);
-        for (int64_t j = 0; j < n_scores; j += span(scores + j, n_scores - j, PANEL)) {
-            const Row *score = find_row(p, k, PANEL, scores + j);
-            if (!is_summary(scores + j)) add_value(&t, score ? score->value : NAN);
-        }
-        add_path(&t, p);
-    }
-    if (n_points) print_columns(f, &t);
-    release(t.s);
-    release(point);
-    release(scores);
-}
-
-// The summary of each study, laid out like report_table; "±" is the deviation over random's seeds,
-// else the error of a mean. Lines that begin with "#" say what it is and which tasks are left out.
+// The summary of every schedule: of random the mean over seeds, with their standard deviation.
 static void report_summary(FILE *f, const Row *rows, int64_t n) {
-    Row *all = prepare_rows(rows, &n);
-    for (int64_t i = 0, k; i < n; i += k) {
-        Text t = {0};
-        k = span(all + i, n - i, STUDY);
-        add_study(&t, all + i);
-        fprintf(f, "%s# %s: %s\n", i ? "\n" : "", t.s, is_llama(all + i) ? MEDIAN : MEAN);
-        for (int64_t j = i, m; j < i + k; j += m) {
-            m = span(all + j, i + k - j, "t");
-            const char *why = is_summary(all + j) ? NULL : why_left_out(all + j, m);
-            if (why) fprintf(f, "# without %s: %s\n", all[j].task, why);
-        }
-        print_summary(f, all + i, k);
-        release(t.s);
-    }
+    int64_t n_summary;
+    Row *all = sorted_rows(rows, n, &n_summary);
+    print_rows(f, all + n, merge_rows(all + n, n_summary, POINT, false));
+    if (n && !n_summary) fprintf(f, "# No summary: no task with a baseline above chance.\n\n");
     release(all);
 }
 
@@ -4612,110 +4890,104 @@ static double place(const Scale *s, double v) {
     return s->from + (s->to - s->from) * fmin(fmax(part, 0), 1);
 }
 
-// What is drawn of a panel on one axis: starts S (range MIDDLE) or layers k (ONE).
+// A panel's points on one axis, sorted by series, with the ranges of places and values.
 typedef struct {
-    Row *point;
+    Row *point;                 // NULL: there is nothing to draw
     int64_t n;
-    double baseline, chance;    // NaN: unknown
-    Scale x, y;
+    double line[2];             // baseline and chance; NaN: unknown
+    Scale x, y;                 // y: logarithmic for perplexities over more than two decades
 } Plot;
 
-// The points of a panel for one axis, with the range of their places and of all values; y is
-// logarithmic for perplexities that span more than two decades. Of looped parallel all R or, with
-// one_loop, R = 3, as the paper has it, else the largest. NULL points: there is nothing to draw.
+// The points of starts S (range MIDDLE) or of layers k (ONE). Of looped parallel all R or, with
+// `one_loop`, R = 3, as the paper has it, and if that was not run the largest.
 static Plot plot_panel(const Row *panel, int64_t n, int range, bool one_loop) {
-    int64_t n_all, turns = -1;
-    Row *p = merge_seeds(panel, n, &n_all);
-    Plot plot = {.point = p, .baseline = method_rank(panel) ? NAN : panel->value,
-                 .chance = panel->first ? panel->chance : NAN};
-    plot.x = plot.y = (Scale){INFINITY, -INFINITY, 0, 1, false};
-    for (int64_t i = 0; i < n_all && turns != 3; i++) {
-        if (has_turns(p + i) && (p[i].arg > turns || p[i].arg == 3)) turns = p[i].arg;
+    Row *p = allocate(n + 1, sizeof *p, "points of a figure");
+    Scale none = {INFINITY, -INFINITY, 0, 1, false};
+    Plot plot = {.point = p, .x = none, .y = none};
+    int64_t turns = 0;
+    plot.line[0] = method_rank(panel) ? NAN : panel->value;
+    plot.line[1] = panel->first ? panel->chance : NAN;
+    for (const Row *r = panel; r < panel + n; r++) {
+        if (takes(r, "times") && turns != 3 && (r->arg > turns || r->arg == 3)) turns = r->arg;
     }
-    for (int64_t i = 0; i < n_all; i++) {
-        const Intervention *v = row_method(p + i);
-        if (!v || (v->range == MIDDLE) != (range == MIDDLE)) continue;
-        if (one_loop && has_turns(p + i) && p[i].arg != turns) continue;
+    for (const Row *r = panel; r < panel + n; r++) {
+        const Intervention *v = row_method(r);
+        bool other_loop = one_loop && takes(r, "times") && r->arg != turns;
+        if (v && (v->range == MIDDLE) == (range == MIDDLE) && !other_loop) p[plot.n++] = *r;
+    }
+    plot.n = merge_rows(p, plot.n, POINT, false);
+    for (int64_t i = 0; i < plot.n; i++) {
         include(&plot.x, p[i].start);
         include(&plot.y, p[i].value);
-        p[plot.n++] = p[i];
     }
     if (plot.y.hi < plot.y.lo) {
         release(p);
         plot.point = NULL;
         return plot;
     }
-    include(&plot.y, plot.baseline);
-    include(&plot.y, plot.chance);
+    include(&plot.y, plot.line[0]);
+    include(&plot.y, plot.line[1]);
     plot.y.log = lower_is_better(panel) && plot.y.lo > 0 && plot.y.hi / plot.y.lo > 100;
     for (int64_t i = 0; i < plot.n && !plot.y.log; i++) {
         include(&plot.y, p[i].value - p[i].error);
         include(&plot.y, p[i].value + p[i].error);
     }
-    double pad = plot.y.hi > plot.y.lo ? 0.04 * (plot.y.hi - plot.y.lo)
-                                       : fmax(0.05 * fabs(plot.y.hi), 1e-3);
-    if (plot.y.log) pad = pow(plot.y.hi / plot.y.lo, 0.04);
-    plot.y.lo = plot.y.log ? plot.y.lo / pad : plot.y.lo - pad;
-    plot.y.hi = plot.y.log ? plot.y.hi * pad : plot.y.hi + pad;
+    double pad = plot.y.hi > plot.y.lo ? 0.04 * (plot.y.hi - plot.y.lo) : 0.05;
+    double factor = pow(plot.y.hi / plot.y.lo, 0.04);
+    plot.y.lo = plot.y.log ? plot.y.lo / factor : plot.y.lo - pad;
+    plot.y.hi = plot.y.log ? plot.y.hi * factor : plot.y.hi + pad;
     return plot;
 }
 
-// What a line is called: "skip", "random, 10 seeds", "loop, R = 3".
-static void series_name(char *out, size_t size, const Row *point, int64_t n) {
-    int64_t most = 0;
-    for (int64_t i = 0; i < n; i++) most = point[i].arg > most ? point[i].arg : most;
-    snprintf(out, size, has_seed(point) ? "%s, %lld seed%s" : has_turns(point) ? "%s, R = %lld"
-             : "%s", point->method, (long long)most, most == 1 ? "" : "s");
+// What a line is called: "skip", "random, seeds: 10", "loop, R = 3".
+static void series_name(char *out, size_t size, const Row *p, int64_t n) {
+    int64_t seeds = 0;
+    for (int64_t i = 0; i < n; i++) seeds = p[i].n > seeds ? p[i].n : seeds;
+    bool loop = takes(p, "times"), random = takes(p, "seed");
+    snprintf(out, size, loop ? "%s, R = %lld" : random ? "%s, seeds: %lld" : "%s", p->method,
+             (long long)(loop ? p->arg : seeds));
 }
 
-// One line of a chart: for each place a bar in eighths of a line, then lowest and highest value.
-static void chart_series(FILE *f, const Row *p, int64_t n, const Plot *plot) {
-    static const char *const bar[] = {" ", "▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"};
-    enum { COLUMNS = 40 };
-    int places = (int)(plot->x.hi - plot->x.lo) + 1, step = (places - 1) / COLUMNS + 1;
-    int width = COLUMNS / ((places - 1) / step + 1);
-    Scale level = plot->y, range = {INFINITY, -INFINITY, 0, 1, false};
-    char name[40];
-    level.from = 0.5;
-    level.to = 8.49;
-    series_name(name, sizeof name, p, n);
-    fprintf(f, "  %-17.17s", name);
-    for (int64_t i = 0; i < n; i++) include(&range, p[i].value);
-    for (int at = 0; at < places; at += step) {
-        const char *block = bar[0];
-        for (int64_t i = 0; i < n; i++) {
-            bool here = p[i].start == plot->x.lo + at && isfinite(p[i].value);
-            if (here) block = bar[(int)(place(&level, p[i].value) + 0.5)];
-        }
-        for (int k = 0; k < (width < 4 ? width : 4); k++) fputs(block, f);
-    }
-    if (range.hi >= range.lo) fprintf(f, "  %.4g to %.4g", range.lo, range.hi);
-    fputc('\n', f);
-}
-
+// A chart of a panel: a line for each series, for each place a bar in eighths of the line.
 static void chart_panel(FILE *f, const Row *panel, int64_t n, int range) {
+    static const char *const bar[] = {" ", "▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"};
     Plot plot = plot_panel(panel, n, range, false);
     if (!plot.point) return;
-    fprintf(f, "%s: %s\n  %s %.0f to %.0f, height %.4g to %.4g%s", panel->task, panel->metric,
-            range == MIDDLE ? "start S" : "layer k", plot.x.lo, plot.x.hi, plot.y.lo, plot.y.hi,
-            plot.y.log ? " (log)" : "");
-    if (isfinite(plot.baseline)) fprintf(f, ", baseline %.4g", plot.baseline);
-    if (isfinite(plot.chance)) fprintf(f, ", chance %.4g", plot.chance);
-    fputc('\n', f);
+    Scale level = {plot.y.lo, plot.y.hi, 1, 8, plot.y.log};
+    int first = (int)plot.x.lo, last = (int)plot.x.hi, step = (last - first) / 36 + 1;
+    fprintf(f, "%s: %s\n  %s = %d to %d, height %.4g to %.4g%s, baseline %.4g, chance %.4g\n",
+            panel->task, metric_label(panel), range == MIDDLE ? "start S" : "layer k", first, last,
+            plot.y.lo, plot.y.hi, plot.y.log ? " (log)" : "", plot.line[0], plot.line[1]);
     for (int64_t i = 0, k; i < plot.n; i += k) {
-        k = span(plot.point + i, plot.n - i, SERIES);
-        chart_series(f, plot.point + i, k, &plot);
+        const Row *p = plot.point + i;
+        Scale seen = {INFINITY, -INFINITY, 0, 1, false};
+        char name[40];
+        k = span(p, plot.n - i, SERIES);
+        series_name(name, sizeof name, p, k);
+        fprintf(f, "  %-18.18s", name);
+        for (int x = first; x <= last; x += step) {
+            const char *block = bar[0];
+            for (int64_t j = 0; j < k; j++) {
+                include(&seen, p[j].value);
+                if (p[j].start != x || !isfinite(p[j].value)) continue;
+                block = bar[(int)(place(&level, p[j].value) + 0.5)];
+            }
+            fprintf(f, (last - first) / step < 18 ? "%s%s" : "%s", block, block);
+        }
+        fprintf(f, "  %.4g to %.4g\n", seen.lo, seen.hi);
     }
     fputc('\n', f);
     release(plot.point);
 }
 
-// Every task's first metric, and the summary of several, as bars in 80 columns of UTF-8.
+// Every task's first metric, and the summary of several, in at most 80 columns of UTF-8.
 static void report_chart(FILE *f, const Row *rows, int64_t n) {
-    Row *all = prepare_rows(rows, &n);
+    int64_t n_summary;
+    Row *all = sorted_rows(rows, n, &n_summary);
+    if (n_summary && all[n].cut > 1) n += n_summary;    // of several tasks
     for (int64_t i = 0, k; i < n; i += k) {
         k = span(all + i, n - i, PANEL);
-        if (!all[i].first || (is_summary(all + i) && all[i].n < 2)) continue;
+        if (!all[i].first) continue;
         chart_panel(f, all + i, k, MIDDLE);
         chart_panel(f, all + i, k, ONE);
     }
@@ -4740,32 +5012,20 @@ static const struct { const char *colour, *dash, *marker; } looks[] = {
     {"#D55E00", "8 3", "M-4 -4h8v8h-8z"},
     {"#666666", "3 3", "M-5 -4L0 -1L5 -4V4L0 1L-5 4z"},
 };
-enum { N_LOOKS = sizeof looks / sizeof *looks };
+enum { N_LOOKS = sizeof looks / sizeof *looks, LEFT = 92, TOP = 66, WIDTH = 540, HEIGHT = 330 };
 static const char MIDDLE_TEXT[] = "text-anchor='middle'", END_TEXT[] = "text-anchor='end'";
-static const char TICK_LINE[] = "stroke='#333333'", BOX[] = "fill='none' stroke='#333333'";
 
-// Adds text as XML holds it; what is not UTF-8, or not a character of XML, becomes "?".
-static void svg_escape(Text *t, const char *s) {
-    while (*s) {
-        uint32_t code;
-        int length = utf8_read(s, (int64_t)strlen(s), &code);
-        if (strchr("&<>'\"", *s)) text_printf(t, "&#%d;", *s);
-        else if (code < ' ' || code == 0x7F || code == 0xFFFD || code == 0xFFFE || code == 0xFFFF) {
-            text_add(t, "?", 1);
-        } else text_add(t, s, length);
-        s += length;
-    }
-}
-
-// The width of a text in pixels, as the wider of the usual fonts have it.
-static double svg_width(const char *s, double size) {
-    return 0.62 * size * (double)count_codepoints(s);
-}
-
-// `style` in these: further attributes.
+// Adds a text; `style`: further attributes. What XML does not allow becomes "?".
 static void svg_text(Text *t, double x, double y, const char *style, const char *s) {
     text_printf(t, "<text x='%.2f' y='%.2f' %s>", x, y, style);
-    svg_escape(t, s);
+    for (uint32_t code; *s;) {
+        int length = utf8_read(s, (int64_t)strlen(s), &code);
+        bool odd = code < ' ' || code == 0x7F || (code >= 0xFFFD && code <= 0xFFFF);
+        if (odd) text_add(t, "?", 1);
+        else if (strchr("&<>", *s)) text_printf(t, "&#%d;", *s);
+        else text_add(t, s, length);
+        s += length;
+    }
     text_printf(t, "</text>\n");
 }
 
@@ -4773,101 +5033,47 @@ static void svg_line(Text *t, double x1, double y1, double x2, double y2, const 
     text_printf(t, "<line x1='%.2f' y1='%.2f' x2='%.2f' y2='%.2f' %s/>\n", x1, y1, x2, y2, style);
 }
 
-static void svg_rect(Text *t, double x, double y, double width, double height, const char *style) {
+static void svg_box(Text *t, double x, double y, double width, double height, const char *style) {
     text_printf(t, "<rect x='%.2f' y='%.2f' width='%.2f' height='%.2f' %s/>\n", x, y, width, height,
                 style);
 }
 
-// A picture at least as wide as its title and subtitle, which stand in its first 60 pixels.
-static void svg_open(Text *t, double width, double height, const char *title,
-                     const char *subtitle) {
-    width = fmax(width, 40 + fmax(svg_width(title, 17), svg_width(subtitle, 12)));
-    text_printf(t, "<?xml version='1.0' encoding='UTF-8'?>\n"
-                "<svg xmlns='http://www.w3.org/2000/svg' role='img' font-size='12' "
-                "width='%.0f' height='%.0f' viewBox='0 0 %.0f %.0f' "
-                "font-family='Helvetica, Arial, &quot;DejaVu Sans&quot;, sans-serif'>\n<title>",
-                width, height, width, height);
-    svg_escape(t, title);
-    text_printf(t, "</title>\n<rect width='100%%' height='100%%' fill='#ffffff'/>\n");
+// A white page at least as wide as its title, and the names of the axes of a box on it.
+static void svg_open(Text *t, double width, double right, double bottom, const char *title,
+                     const char *subtitle, const char *x_label, const char *y_label) {
+    char turned[80];
+    width = fmax(width, 40 + fmax(10.5 * (double)count_codepoints(title),
+                                  7.5 * (double)count_codepoints(subtitle)));
+    text_printf(t, "<svg xmlns='http://www.w3.org/2000/svg' role='img' width='%.0f' height='%.0f' "
+                "font-family='Helvetica, Arial, DejaVu Sans, sans-serif' font-size='12'>\n"
+                "<rect width='100%%' height='100%%' fill='#ffffff'/>\n", width, bottom + 60);
     svg_text(t, 20, 28, "font-size='16' font-weight='bold'", title);
     svg_text(t, 20, 47, "fill='#444444'", subtitle);
+    svg_text(t, (LEFT + right) / 2, bottom + 44, MIDDLE_TEXT, x_label);
+    snprintf(turned, sizeof turned, "%s transform='rotate(-90 24 %.1f)'", MIDDLE_TEXT,
+             (TOP + bottom) / 2);
+    svg_text(t, 24, (TOP + bottom) / 2, turned, y_label);
+    svg_box(t, LEFT, TOP, right - LEFT, bottom - TOP, "fill='none' stroke='#333333'");
 }
 
-enum { MAX_TICKS = 20 };
-typedef struct {
-    int n;
-    double at[MAX_TICKS], width;        // width of the widest label
-    char label[MAX_TICKS][24];
-} Ticks;
-
-// About n round values on a scale: multiples of 1, 2 or 5 times a power of ten, or powers of ten.
-static Ticks scale_ticks(const Scale *s, int n, bool whole) {
-    static const char *const raised[] = {"⁰", "¹", "²", "³", "⁴", "⁵", "⁶", "⁷", "⁸", "⁹"};
-    Ticks t = {0};
+// Writes about n round values, multiples of 1, 2 or 5 times a power of ten or, on a logarithmic
+// scale, powers of ten, at x = `at` beside a vertical scale or at y = `at` below a horizontal one.
+// Vertical: with lines from x0 to x1.
+static void svg_axis(Text *t, const Scale *s, int n, bool vertical, double at, double x0,
+                     double x1) {
     double lo = s->log ? log10(s->lo) : s->lo, hi = s->log ? log10(s->hi) : s->hi;
     double least = (hi - lo) / n, step = pow(10, floor(log10(least)));
     step *= least <= step ? 1 : least <= 2 * step ? 2 : least <= 5 * step ? 5 : 10;
-    if (whole || s->log) step = fmax(step, 1);
-    int decimals = step < 1 ? (int)ceil(-log10(step) - 1e-9) : 0;
-    for (double k = ceil(lo / step); k * step <= hi && t.n < MAX_TICKS; k++) {
-        double v = k == 0 ? 0 : k * step;
-        char *label = t.label[t.n];
-        size_t size = sizeof t.label[t.n];
-        int e = (int)fabs(v);
-        if (!s->log) snprintf(label, size, fabs(hi) < 1e6 ? "%.*f" : "%.*e", decimals, v);
-        else if (e < 4) snprintf(label, size, "%g", pow(10, v));
-        else snprintf(label, size, "10%s%s%s", v < 0 ? "⁻" : "", e > 9 ? raised[e / 10 % 10] : "",
-                      raised[e % 10]);
-        t.width = fmax(t.width, svg_width(label, 12));
-        t.at[t.n++] = s->log ? pow(10, v) : v;
+    if (!vertical || s->log) step = fmax(step, 1);
+    for (double k = ceil(lo / step); k * step <= hi; k++) {
+        char label[40];
+        double v = s->log ? pow(10, k * step) : k == 0 ? 0 : k * step, here = place(s, v);
+        int decimals = step < 1 ? (int)ceil(-log10(step) - 1e-9) : 0;
+        snprintf(label, sizeof label, s->log ? "%.*g" : "%.*f", s->log ? 10 : decimals, v);
+        if (vertical) svg_line(t, x0, here, x1, here, "stroke='#dddddd'");
+        if (vertical) svg_text(t, at, here + 4, at < x0 ? END_TEXT : "", label);
+        else svg_text(t, here, at, MIDDLE_TEXT, label);
     }
-    return t;
-}
-
-static void svg_axis_names(Text *t, double left, double right, double top, double bottom,
-                           const char *x_name, const char *y_name) {
-    char style[120];
-    snprintf(style, sizeof style, "font-size='13' text-anchor='middle' "
-             "transform='rotate(-90 24 %.2f)'", (top + bottom) / 2);
-    svg_text(t, 24, (top + bottom) / 2, style, y_name);
-    svg_text(t, (left + right) / 2, bottom + 44, "font-size='13' text-anchor='middle'", x_name);
-}
-
-enum { PLOT_WIDTH = 540, PLOT_HEIGHT = 330, PLOT_TOP = 66 };
-
-// The box of a plot, its ticks and the names of its axes.
-static void svg_frame(Text *t, const Scale *x, const Scale *y, const Ticks *x_ticks,
-                      const Ticks *y_ticks, const char *x_name, const char *y_name) {
-    for (int i = 0; i < y_ticks->n; i++) {
-        double at = place(y, y_ticks->at[i]);
-        svg_line(t, x->from, at, x->to, at, "stroke='#dddddd'");
-        svg_text(t, x->from - 8, at + 4, END_TEXT, y_ticks->label[i]);
-    }
-    for (int i = 0; i < x_ticks->n; i++) {
-        double at = place(x, x_ticks->at[i]);
-        svg_line(t, at, y->from, at, y->from + 5, TICK_LINE);
-        svg_text(t, at, y->from + 20, MIDDLE_TEXT, x_ticks->label[i]);
-    }
-    svg_rect(t, x->from, y->to, x->to - x->from, y->from - y->to, BOX);
-    svg_axis_names(t, x->from, x->to, y->to, y->from, x_name, y_name);
-}
-
-// One entry of the legend, to the right of the plot, on line *n: a piece of line and a name.
-static void svg_legend(Text *t, const Plot *plot, int *n, const char *style, const char *name) {
-    double x = plot->x.to + 20, y = plot->y.to + 12 + 24 * (*n)++;
-    svg_line(t, x, y, x + 36, y, style);
-    svg_text(t, x + 44, y + 4, "", name);
-}
-
-// A horizontal line at a reference value, if it is known.
-static void svg_reference(Text *t, const Plot *plot, int *n, const char *name, double v,
-                          const char *style) {
-    char label[80], data[200];
-    if (!isfinite(v)) return;
-    snprintf(label, sizeof label, "%s %.4g", name, v);
-    snprintf(data, sizeof data, "%s data-line='%s' data-value='%.17g'", style, name, v);
-    svg_line(t, plot->x.from, place(&plot->y, v), plot->x.to, place(&plot->y, v), data);
-    svg_legend(t, plot, n, style, label);
 }
 
 static void svg_marker(Text *t, int look, double x, double y, double size) {
@@ -4876,248 +5082,206 @@ static void svg_marker(Text *t, int look, double x, double y, double size) {
                 looks[look].colour);
 }
 
-// A data point's marker, with its exact value.
-static void svg_point(Text *t, const Row *p, int look, double x, double y, double size) {
-    svg_marker(t, look, x, y, size);
-    text_printf(t, " data-method='%s' data-x='%d' data-arg='%lld' data-value='%.17g' "
-                "data-error='%.17g'><title>%s %d: %.6g", p->method, p->start, (long long)p->arg,
-                p->value, p->error, p->method, p->start, p->value);
-    if (isfinite(p->error)) text_printf(t, " ± %.2g", p->error);
-    text_printf(t, "</title></path>\n");
-}
-
-// One series: error bars, a line that is broken where a value is missing, markers, the legend.
-// `shift` keeps the bars of several series apart.
+// One series and its entry in the legend: error bars, a line that is broken where a value is
+// missing, markers that hold the exact values. `shift` keeps the bars of several series apart.
 static void svg_series(Text *t, const Plot *plot, const Row *p, int64_t n, double shift,
-                       double size, int *entry) {
+                       double size, double legend) {
     int look = (method_rank(p) - 1) % N_LOOKS;
-    char style[120], name[80];
     bool begun = false;
+    char name[80], style[120];
+    Text line = {0}, bars = {0}, markers = {0};
     for (int64_t i = 0; i < n; i++) {
-        double x = place(&plot->x, p[i].start) + shift, cap = 6 * size;
-        double lo = place(&plot->y, p[i].value - p[i].error);
-        double hi = place(&plot->y, p[i].value + p[i].error);
-        if (!isfinite(p[i].value) || !isfinite(p[i].error)) continue;
-        text_printf(t, "<path fill='none' stroke='%s' d='M%.2f %.2fh%.2f", looks[look].colour,
-                    x - cap / 2, lo, cap);
-        text_printf(t, "M%.2f %.2fV%.2fM%.2f %.2fh%.2f'/>\n", x, lo, hi, x - cap / 2, hi, cap);
-    }
-    snprintf(style, sizeof style, "stroke='%s' stroke-width='2' stroke-dasharray='%s'",
-             looks[look].colour, looks[look].dash);
-    text_printf(t, "<path fill='none' %s d='M0 0", style);
-    for (int64_t i = 0; i < n; i++) {
-        bool there = isfinite(p[i].value);
-        double x = place(&plot->x, p[i].start) + shift, y = place(&plot->y, p[i].value);
-        if (there) text_printf(t, "%s%.2f %.2f", begun ? "L" : "M", x, y);
+        const Row *r = p + i;
+        double x = place(&plot->x, r->start) + shift, y = place(&plot->y, r->value);
+        double lo = place(&plot->y, r->value - r->error), hi = place(&plot->y, r->value + r->error);
+        bool there = isfinite(r->value);
+        if (there) text_printf(&line, "%s%.2f %.2f", begun ? "L" : "M", x, y);
         begun = there;
+        if (!there) continue;
+        if (isfinite(r->error)) {
+            text_printf(&bars, "M%.2f %.2fh%.2fM%.2f %.2fV%.2fM%.2f %.2fh%.2f", x - 3 * size, lo,
+                        6 * size, x, lo, hi, x - 3 * size, hi, 6 * size);
+        }
+        svg_marker(&markers, look, x, y, size);
+        text_printf(&markers, " data-method='%s' data-x='%d' data-arg='%lld' data-value='%.17g' "
+                    "data-error='%.17g'/>\n", r->method, r->start, (long long)r->arg, r->value,
+                    r->error);
     }
-    text_printf(t, "'/>\n");
-    for (int64_t i = 0; i < n; i++) {
-        double x = place(&plot->x, p[i].start) + shift, y = place(&plot->y, p[i].value);
-        if (isfinite(p[i].value)) svg_point(t, p + i, look, x, y, size);
-    }
+    snprintf(style, sizeof style, "fill='none' stroke='%s' stroke-width='2' stroke-dasharray='%s'",
+             looks[look].colour, looks[look].dash);
+    if (bars.n) text_printf(t, "<path fill='none' stroke='%s' d='%s'/>\n", looks[look].colour,
+                            bars.s);
+    if (line.n) text_printf(t, "<path %s d='%s'/>\n%s", style, line.s, markers.s);
     series_name(name, sizeof name, p, n);
-    svg_legend(t, plot, entry, style, name);
-    svg_marker(t, look, plot->x.to + 38, plot->y.to + 12 + 24 * (*entry - 1), 1);
+    svg_line(t, plot->x.to + 20, legend, plot->x.to + 56, legend, style);
+    svg_marker(t, look, plot->x.to + 38, legend, 1);
     text_printf(t, "/>\n");
+    svg_text(t, plot->x.to + 64, legend + 4, "", name);
+    release(line.s);
+    release(bars.s);
+    release(markers.s);
 }
 
-// A panel's values against start S (range MIDDLE) or layer k (ONE). Returns whether there are any.
-static bool svg_plot(Text *t, const Row *panel, int64_t n, int range) {
+// A panel's values against start S (range MIDDLE) or layer k (ONE); nothing if there are none.
+static void svg_plot(Text *t, const Row *panel, int64_t n, int range) {
+    static const char *const line_names[] = {"baseline", "chance"}, *const line_styles[] = {
+        "stroke='#000000' stroke-width='1.5' stroke-dasharray='10 4'",
+        "stroke='#555555' stroke-width='1.5' stroke-dasharray='2 4'"};
     Plot plot = plot_panel(panel, n, range, true);
-    if (!plot.point) return false;
-    Text title = {0}, subtitle = {0}, metric = {0};
-    int n_series = 0, entry = 0;
-    double names = svg_width("baseline 0.0000", 12);
-    for (int64_t i = 0, k; i < plot.n; i += k, n_series++) {
-        char name[80];
-        k = span(plot.point + i, plot.n - i, SERIES);
-        series_name(name, sizeof name, plot.point + i, k);
-        names = fmax(names, svg_width(name, 12));
+    Text title = {0}, subtitle = {0};
+    double right = LEFT + WIDTH, bottom = TOP + HEIGHT, legend = TOP + 12, n_series = 0;
+    if (!plot.point) return;
+    plot.x = (Scale){plot.x.lo - 0.5, plot.x.hi + 0.5, LEFT, right, false};
+    plot.y = (Scale){plot.y.lo, plot.y.hi, bottom, TOP, plot.y.log};
+    text_printf(&title, "%s: %s%s", panel->task, metric_label(panel),
+                lower_is_better(panel) ? " (lower is better)" : "");
+    add_model(&subtitle, panel);
+    text_printf(&subtitle, "; %lld %s; bars: %s", is_summary(panel) ? (long long)panel->cut
+                : (long long)panel->n, is_summary(panel) ? "tasks" : "items",
+                is_summary(panel) ? "deviation over seeds"
+                : "standard error, of random the deviation over seeds");
+    svg_open(t, right + 205, right, bottom, title.s, subtitle.s, range != MIDDLE ? "layer k" :
+             "start layer S (layers S+1 to T−S−1 are changed)", metric_label(panel));
+    svg_axis(t, &plot.y, 8, true, LEFT - 8, LEFT, right);
+    svg_axis(t, &plot.x, 12, false, bottom + 20, 0, 0);
+    for (int i = 0; i < 2; i++) {
+        char name[60], style[200];
+        double v = plot.line[i], y = place(&plot.y, v);
+        if (!isfinite(v)) continue;
+        snprintf(name, sizeof name, "%s %.4g", line_names[i], v);
+        snprintf(style, sizeof style, "%s data-line='%s' data-value='%.17g'", line_styles[i],
+                 line_names[i], v);
+        svg_line(t, LEFT, y, right, y, style);
+        svg_line(t, right + 20, legend, right + 56, legend, line_styles[i]);
+        svg_text(t, right + 64, legend + 4, "", name);
+        legend += 24;
     }
-    plot.y.from = PLOT_TOP + PLOT_HEIGHT;
-    plot.y.to = PLOT_TOP;
-    Ticks y_ticks = scale_ticks(&plot.y, 8, false);
-    double left = 52 + y_ticks.width;
-    plot.x = (Scale){plot.x.lo - 0.5, plot.x.hi + 0.5, left, left + PLOT_WIDTH, false};
-    Ticks x_ticks = scale_ticks(&plot.x, 12, true);
-    double spacing = PLOT_WIDTH / (plot.x.hi - plot.x.lo), size = fmin(fmax(spacing / 14, 0.55), 1);
+    for (int64_t i = 0; i < plot.n; n_series++) i += span(plot.point + i, plot.n - i, SERIES);
+    double spacing = WIDTH / (plot.x.hi - plot.x.lo), size = fmin(fmax(spacing / 14, 0.55), 1);
     double gap = fmin(3.5, 0.55 * spacing / n_series), shift = -gap * (n_series - 1) / 2;
-    text_printf(&metric, "%s%s", panel->metric, lower_is_better(panel) ? " (lower is better)" : "");
-    text_printf(&title, "%s: %s", panel->task, metric.s);
-    add_study(&subtitle, panel);
-    text_printf(&subtitle, "; %lld %s; bars: standard error, of random the deviation over seeds",
-                (long long)panel->n, is_summary(panel) ? "tasks" : "items");
-    svg_open(t, plot.x.to + 64 + names + 16, PLOT_TOP + PLOT_HEIGHT + 60, title.s, subtitle.s);
-    svg_frame(t, &plot.x, &plot.y, &x_ticks, &y_ticks, range == MIDDLE ?
-              "start layer S (layers S+1 to T−S−1 are changed)" : "layer k", metric.s);
-    svg_reference(t, &plot, &entry, "baseline", plot.baseline,
-                  "stroke='#000000' stroke-width='1.5' stroke-dasharray='10 4'");
-    svg_reference(t, &plot, &entry, "chance", plot.chance,
-                  "stroke='#555555' stroke-width='1.5' stroke-dasharray='2 4'");
-    for (int64_t i = 0, k; i < plot.n; i += k, shift += gap) {
+    for (int64_t i = 0, k; i < plot.n; i += k, shift += gap, legend += 24) {
         k = span(plot.point + i, plot.n - i, SERIES);
-        svg_series(t, &plot, plot.point + i, k, shift, size, &entry);
+        svg_series(t, &plot, plot.point + i, k, shift, size, legend);
     }
     text_printf(t, "</svg>\n");
     release(title.s);
     release(subtitle.s);
-    release(metric.s);
     release(plot.point);
-    return true;
 }
 
-// Parts of the colour ramp, dark blue to yellow, after matplotlib's viridis: lightness rises
-// evenly, also for the colour-blind and in grey print.
-static const unsigned char ramp[10][3] = {
-    {68, 1, 84}, {72, 40, 120}, {62, 74, 137}, {49, 104, 142}, {38, 130, 142},
-    {31, 158, 137}, {53, 183, 121}, {110, 206, 88}, {181, 222, 43}, {253, 231, 37},
-};
-
-typedef struct {
-    const char *title, *subtitle, *x_label, *y_label;
-    char **x_names, **y_names;
-    const double *cell;         // [rows][cols], the first row on top; NaN: crossed out
-    int rows, cols;
-    Scale colour;               // value -> place on the ramp, 0 to 9
-    int best;                   // 1, -1: frame the largest, the smallest value of each column
-} Heatmap;
-
-static double heatmap_value(const Heatmap *m, int row, int col) {
-    return m->cell[(int64_t)row * m->cols + col];
-}
-
-static void heatmap_cell(Text *t, const Heatmap *m, int row, int col, double x, double y,
-                         double size) {
-    double v = heatmap_value(m, row, col);
-    double part = isfinite(v) ? place(&m->colour, v) : 0, light = 0;
-    int stop = part < 8 ? (int)part : 8, rgb[3];
-    char style[200], number[24];
+// Dark blue to yellow, after matplotlib's viridis: lightness rises evenly, also for the
+// colour-blind and in grey print. `part` is 0 to 9.
+static void colour_at(double part, int rgb[3]) {
+    static const unsigned char stops[10][3] = {
+        {68, 1, 84}, {72, 40, 120}, {62, 74, 137}, {49, 104, 142}, {38, 130, 142},
+        {31, 158, 137}, {53, 183, 121}, {110, 206, 88}, {181, 222, 43}, {253, 231, 37},
+    };
+    int i = part < 8 ? (int)part : 8;
     for (int c = 0; c < 3; c++) {
-        rgb[c] = (int)(ramp[stop][c] + (part - stop) * (ramp[stop + 1][c] - ramp[stop][c]) + 0.5);
-        if (!isfinite(v)) rgb[c] = 255;
-        light += (double[]){0.3, 0.59, 0.11}[c] * rgb[c];
-    }
-    text_printf(t, "<rect x='%.2f' y='%.2f' width='%.2f' height='%.2f' fill='rgb(%d,%d,%d)' "
-                "shape-rendering='crispEdges' data-row='%d' data-col='%d' data-value='%.17g'>"
-                "<title>%.6g</title></rect>\n", x, y, size, size, rgb[0], rgb[1], rgb[2], row,
-                col, v, v);
-    if (!isfinite(v)) {
-        svg_line(t, x, y + size, x + size, y, "stroke='#888888'");
-        return;
-    }
-    snprintf(number, sizeof number, fabs(v) >= 1000 ? "%.0e" : fabs(v) >= 10 ? "%.3g"
-             : m->colour.hi - m->colour.lo < 0.1 ? "%.3f" : "%.2f", fabs(v) < 5e-4 ? 0 : v);
-    if (svg_width(number, 12) > size - 2) return;
-    snprintf(style, sizeof style, "%s fill='%s'", MIDDLE_TEXT, light < 128 ? "#ffffff" : "#000000");
-    svg_text(t, x + size / 2, y + size / 2 + 4, style, number);
-}
-
-// The row of the best cell in a column; -1: there is none.
-static int heatmap_best(const Heatmap *m, int col) {
-    int best = -1;
-    for (int row = 0; row < m->rows && m->best; row++) {
-        double v = heatmap_value(m, row, col) * m->best;
-        if (isfinite(v) && (best < 0 || v > heatmap_value(m, best, col) * m->best)) best = row;
-    }
-    return best;
-}
-
-static void heatmap_bar(Text *t, double x, double top, double bottom, const Scale *places,
-                        const Ticks *ticks) {
-    text_printf(t, "<defs><linearGradient id='ramp' x1='0' y1='1' x2='0' y2='0'>\n");
-    for (int i = 0; i < 10; i++) {
-        text_printf(t, "<stop offset='%.4f' stop-color='rgb(%d,%d,%d)'/>\n", i / 9.0, ramp[i][0],
-                    ramp[i][1], ramp[i][2]);
-    }
-    text_printf(t, "</linearGradient></defs>\n");
-    svg_rect(t, x, top, 20, bottom - top, "fill='url(#ramp)' stroke='#333333'");
-    for (int i = 0; i < ticks->n; i++) {
-        double at = place(places, ticks->at[i]);
-        svg_line(t, x + 20, at, x + 25, at, TICK_LINE);
-        svg_text(t, x + 30, at + 4, "", ticks->label[i]);
+        rgb[c] = (int)(stops[i][c] + (part - i) * (stops[i + 1][c] - stops[i][c]) + 0.5);
     }
 }
 
-static void svg_heatmap(Text *t, const Heatmap *m) {
-    double x_names = 0, y_names = 0, top = PLOT_TOP;
-    double size = fmin(fmax(720.0 / (m->rows > m->cols ? m->rows : m->cols), 8), 46);
-    for (int i = 0; i < m->rows; i++) y_names = fmax(y_names, svg_width(m->y_names[i], 12));
-    for (int i = 0; i < m->cols; i++) x_names = fmax(x_names, svg_width(m->x_names[i], 12));
-    double left = 52 + y_names, right = left + size * m->cols, bottom = top + size * m->rows;
-    Scale bar = {m->colour.lo, m->colour.hi, bottom, top, m->colour.log};
-    Ticks ticks = scale_ticks(&bar, (int)fmax(2, (bottom - top) / 40), false);
-    svg_open(t, right + 70 + ticks.width, bottom + 60, m->title, m->subtitle);
-    for (int i = 0; i < m->rows * m->cols; i++) {
-        int row = i / m->cols, col = i % m->cols;
-        heatmap_cell(t, m, row, col, left + size * col, top + size * row, size);
+// One cell: its colour, its value if that fits, crossed out if it is NaN, framed if it is best.
+static void svg_cell(Text *t, const Scale *colour, double v, int row, int col, double size,
+                     bool best) {
+    double x = LEFT + size * col, y = TOP + size * row;
+    int rgb[3];
+    char number[24], style[160];
+    colour_at(isfinite(v) ? place(colour, v) : 0, rgb);
+    bool dark = 0.3 * rgb[0] + 0.59 * rgb[1] + 0.11 * rgb[2] < 128;
+    snprintf(style, sizeof style, "fill='rgb(%d,%d,%d)' shape-rendering='crispEdges' data-row='%d' "
+             "data-col='%d' data-value='%.17g'", rgb[0], rgb[1], rgb[2], row, col, v);
+    if (isfinite(v)) svg_box(t, x, y, size, size, style);
+    else svg_line(t, x, y + size, x + size, y, "stroke='#888888' data-value='nan'");
+    if (best) svg_box(t, x + 2, y + 2, size - 4, size - 4, dark ?
+                      "fill='none' stroke='#ffffff' stroke-width='3' data-best='1'" :
+                      "fill='none' stroke='#000000' stroke-width='3' data-best='1'");
+    snprintf(number, sizeof number, fabs(v) < 9.995 ? "%.2f" : fabs(v) < 1000 ? "%.3g" : "%.3gk",
+             fabs(v) < 5e-3 ? 0 : fabs(v) < 1000 ? v : v / 1000);
+    snprintf(style, sizeof style, "%s fill='%s'", MIDDLE_TEXT, dark ? "#ffffff" : "#000000");
+    bool fits = 7.5 * (double)strlen(number) < size - 2;
+    if (isfinite(v) && fits) svg_text(t, x + size / 2, y + size / 2 + 4, style, number);
+}
+
+// A matrix [rows][cols] as a picture, the first row on top. best: 1 or -1 frames the largest or the
+// smallest value of each column. colour: values to 0 ... 9.
+static void svg_heatmap(Text *t, const char *title, const char *subtitle, const double *cell,
+                        int rows, int cols, const char *x_label, const char *y_label,
+                        char **x_names, char **y_names, Scale colour, int best) {
+    double size = fmin(fmax(720.0 / (rows > cols ? rows : cols), 8), 46), wide = 1;
+    double right = LEFT + size * cols, bottom = TOP + size * rows;
+    svg_open(t, right + 130, right, bottom, title, subtitle, x_label, y_label);
+    for (int i = 0; i < rows * cols; i++) {
+        bool is_best = best && isfinite(cell[i]);
+        for (int j = i % cols; j < rows * cols; j += cols) {
+            if (best * cell[j] > best * cell[i]) is_best = false;
+        }
+        svg_cell(t, &colour, cell[i], i / cols, i % cols, size, is_best);
     }
-    svg_rect(t, left, top, right - left, bottom - top, BOX);
-    for (int i = 0; i < m->cols; i++) {
-        double x = left + size * i, y = top + size * heatmap_best(m, i);
-        if (y < top) continue;
-        svg_rect(t, x + 2, y + 2, size - 4, size - 4,
-                 "fill='none' stroke='#ffffff' stroke-width='4'");
-        svg_rect(t, x + 2, y + 2, size - 4, size - 4,
-                 "fill='none' stroke='#D40000' stroke-width='2' data-best='1'");
+    for (int i = 0; i < cols; i++) {
+        wide = fmax(wide, 7.5 * (double)count_codepoints(x_names[i]) + 6);
     }
-    for (int i = 0; i < m->cols; i += (int)ceil((x_names + 6) / size)) {
-        svg_text(t, left + size * (i + 0.5), bottom + 18, MIDDLE_TEXT, m->x_names[i]);
+    for (int i = 0; i < cols; i += (int)ceil(wide / size)) {
+        svg_text(t, LEFT + size * (i + 0.5), bottom + 20, MIDDLE_TEXT, x_names[i]);
     }
-    for (int i = 0; i < m->rows; i += (int)ceil(15 / size)) {
-        svg_text(t, left - 8, top + size * (i + 0.5) + 4, END_TEXT, m->y_names[i]);
+    for (int i = 0; i < rows; i += (int)ceil(15 / size)) {
+        svg_text(t, LEFT - 8, TOP + size * (i + 0.5) + 4, END_TEXT, y_names[i]);
     }
-    svg_axis_names(t, left, right, top, bottom, m->x_label, m->y_label);
-    heatmap_bar(t, right + 24, top, bottom, &bar, &ticks);
+    Scale bar = {colour.lo, colour.hi, bottom, TOP, colour.log};
+    for (int i = 0, rgb[3]; i < 90; i++) {
+        char style[60];
+        colour_at(i / 10.0, rgb);
+        snprintf(style, sizeof style, "fill='rgb(%d,%d,%d)'", rgb[0], rgb[1], rgb[2]);
+        svg_box(t, right + 24, bottom - (i + 1) * (bottom - TOP) / 90, 20, (bottom - TOP) / 90 + 1,
+                style);
+    }
+    svg_axis(t, &bar, (int)fmax(2, (bottom - TOP) / 40), true, right + 54, right + 44, right + 49);
     text_printf(t, "</svg>\n");
-}
-
-// How often a row runs its parallel step: R of loop, once in parallel; 0: it has none.
-static int turns_of(const Row *r) {
-    return has_turns(r) ? (int)r->arg : !strcmp(r->method, "parallel");
 }
 
 // The grid of looped parallel: R turns, upwards, against the number of layers in parallel, T-2S-1.
-// Plain parallel is R = 1. Returns whether there is a grid: more than one R, and less than 100.
-static bool svg_loops(Text *t, const Row *panel, int64_t n) {
+// Plain parallel is R = 1. Nothing unless there is more than one R, all below 100.
+static void svg_loops(Text *t, const Row *panel, int64_t n) {
     Scale turns = {INFINITY, -INFINITY, 0, 9, false}, start = turns, value = turns;
     for (const Row *r = panel; r < panel + n; r++) {
-        if (has_turns(r)) include(&turns, (double)r->arg);
-        if (has_turns(r)) include(&start, r->start);
-        if (turns_of(r)) include(&value, r->value);
+        if (!takes(r, "times")) continue;
+        include(&turns, (double)r->arg);
+        include(&start, r->start);
+        include(&value, r->value);
     }
-    if (!(turns.lo < turns.hi && turns.hi < 100 && value.lo <= value.hi)) return false;
+    if (!(turns.lo < turns.hi && turns.hi < 100 && value.lo < value.hi)) return;
     int rows = (int)turns.hi, cols = (int)(start.hi - start.lo) + 1;
     double *cell = allocate(rows * cols, sizeof *cell, "loop grid");
-    char (*label)[16] = allocate(rows + cols, sizeof *label, "loop grid");
     char **names = allocate(rows + cols, sizeof *names, "loop grid");
-    for (int i = 0; i < rows * cols; i++) cell[i] = NAN;
-    for (const Row *r = panel; r < panel + n; r++) {
-        int col = (int)start.hi - r->start;
-        bool inside = turns_of(r) && col >= 0 && col < cols;
-        if (inside) cell[(rows - turns_of(r)) * cols + col] = r->value;
+    for (int i = 0; i < rows * cols; i++) {
+        cell[i] = NAN;
+        for (const Row *r = panel; r < panel + n; r++) {
+            int64_t turn = takes(r, "times") ? r->arg : !strcmp(r->method, "parallel");
+            if (turn == rows - i / cols && r->start == start.hi - i % cols) cell[i] = r->value;
+        }
+        include(&value, cell[i]);
     }
     for (int i = 0; i < rows + cols; i++) {
-        int size = panel->layers - 2 * ((int)start.hi - (i - rows)) - 1;
-        snprintf(label[i], sizeof label[i], "%d", i < rows ? rows - i : size);
-        names[i] = label[i];
+        Text name = {0};
+        int layers = panel->layers - 2 * ((int)start.hi - (i - rows)) - 1;
+        text_printf(&name, "%d", i < rows ? rows - i : layers);
+        names[i] = name.s;
     }
     bool lower = lower_is_better(panel);
-    value.log = lower && value.lo > 0 && value.hi / value.lo > 100;
-    if (value.hi == value.lo) value.hi += 1e-3;
     Text title = {0}, subtitle = {0};
     text_printf(&title, "%s: looped parallel", panel->task);
-    add_study(&subtitle, panel);
-    text_printf(&subtitle, "; %s%s; framed: the best R of each column", panel->metric,
+    add_model(&subtitle, panel);
+    text_printf(&subtitle, "; %s%s; framed: the best R of each column", metric_label(panel),
                 lower ? " (lower is better)" : "");
-    svg_heatmap(t, &(Heatmap){title.s, subtitle.s, "layers in parallel, T − 2S − 1", "turns R",
-                              names + rows, names, cell, rows, cols, value, lower ? -1 : 1});
+    value.log = lower && value.lo > 0 && value.hi / value.lo > 100;
+    svg_heatmap(t, title.s, subtitle.s, cell, rows, cols, "layers in parallel, T − 2S − 1",
+                "turns R", names + rows, names, value, lower ? -1 : 1);
+    for (int i = 0; i < rows + cols; i++) release(names[i]);
+    release(names);
+    release(cell);
     release(title.s);
     release(subtitle.s);
-    release(names);
-    release(label);
-    release(cell);
-    return true;
 }
 
 // Writes a file under another name and then renames it, so that half of one never stands there.
@@ -5128,84 +5292,76 @@ static void write_figure(const char *path, const Text *t) {
     if (!f) die("%s: cannot be written: %s; choose another place", path, strerror(errno));
     fwrite(t->s, 1, (size_t)t->n, f);
     close_written(f, aside.s);
-#ifdef _WIN32
-    remove(path);
-#endif
     if (rename(aside.s, path)) die("%s: cannot be written: %s; choose another place", path,
                                    strerror(errno));
     release(aside.s);
 }
 
-// A matrix [rows][cols] as an SVG file, its first row on top, a NaN crossed out. lo and hi are the
-// values of the darkest and the lightest colour.
+// A matrix [rows][cols] as an SVG file, its first row on top. lo and hi: the values of the darkest
+// and the lightest colour.
 static void heatmap_svg(const char *path, const char *title, const double *cell, int rows, int cols,
                         const char *x_label, const char *y_label, char **x_names, char **y_names,
                         double lo, double hi) {
     Text t = {0};
-    Scale colour = {lo, hi > lo ? hi : lo + 1, 0, 9, false};
-    svg_heatmap(&t, &(Heatmap){title, "", x_label, y_label, x_names, y_names, cell, rows, cols,
-                               colour, 0});
+    svg_heatmap(&t, title, "", cell, rows, cols, x_label, y_label, x_names, y_names,
+                (Scale){lo, hi > lo ? hi : lo + 1, 0, 9, false}, 0);
     write_figure(path, &t);
     release(t.s);
 }
 
-// "llama12-bos-lambada_openai-acc-loops.svg", other characters than A-Z a-z 0-9 . - _ made "_".
-static void add_figure_name(Text *t, const Row *panel, const char *kind) {
-    text_printf(t, "%s%d%s-%s%s%s%s.svg", panel->family, panel->layers,
+// The file of a figure: `where` itself or, in that folder, "llama12-bos-hellaswag-acc-loops.svg";
+// other characters than A-Z a-z 0-9 . - _ are made "_".
+static Text figure_path(const char *where, bool file, const Row *panel, const char *kind) {
+    Text t = {0};
+    text_printf(&t, "%s", where);
+    if (file) return t;
+    text_printf(&t, "/");
+    int64_t start = t.n;
+    text_printf(&t, "%s%d%s-%s%s%s%s.svg", panel->family, panel->layers,
                 strcmp(panel->bos, "bos") ? "" : "-bos", panel->task, is_summary(panel) ? "" : "-",
                 is_summary(panel) ? "" : panel->metric, kind);
-    for (char *p = t->s; *p; p++) {
+    for (char *p = t.s + start; *p; p++) {
         bool letter = (*p | 32) >= 'a' && (*p | 32) <= 'z';
         if (!letter && !strchr("._-0123456789", *p)) *p = '_';
     }
+    return t;
 }
 
-typedef struct {
-    Text name, svg;
-} Figure;
-
-// All figures that the rows give: of every metric of every task, and of the summary of several, the
-// values against S and against layer k, and the grid of looped parallel. `where` is a file NAME.svg
-// if there is one figure, otherwise a folder, made if missing.
+// All figures that the rows give: for every metric of every task, and the summary of several tasks,
+// the values against S and against layer k, and the grid of looped parallel. `where` is a file
+// NAME.svg if there is one figure, otherwise a folder, made if missing.
 static void report_figures(const char *where, const Row *rows, int64_t n) {
-    static const char *const kinds[] = {"", "-layers", "-loops"};
-    Row *all = prepare_rows(rows, &n);
-    int64_t n_figures = 0, capacity = 0, length = (int64_t)strlen(where);
-    Figure *figure = NULL;
-    for (int64_t i = 0, k; i < n; i += k) {
-        k = span(all + i, n - i, PANEL);
-        for (int kind = 0; kind < 3; kind++) {
-            Figure next = {0};
-            if (all[i].metric == SCORE || (is_summary(all + i) && all[i].n < 2)) continue;
-            if (kind == 2 ? !svg_loops(&next.svg, all + i, k)
-                          : !svg_plot(&next.svg, all + i, k, kind ? ONE : MIDDLE)) continue;
-            add_figure_name(&next.name, all + i, kinds[kind]);
-            figure = grow(figure, &capacity, n_figures + 1, sizeof *figure, "figures");
-            figure[n_figures++] = next;
+    static const char *const part[] = {"", "-layers", "-loops"};
+    int64_t n_summary;
+    Row *all = sorted_rows(rows, n, &n_summary);
+    if (n_summary && all[n].cut > 1) n += n_summary;    // of several tasks
+    const char *dot = strrchr(where, '.');
+    bool file = dot && !strcmp(dot, ".svg");
+    if (!file && mkdir(where, 0777) && errno != EEXIST) {
+        die("%s: cannot be made: %s; choose another place", where, strerror(errno));
+    }
+    int64_t count = 0;
+    for (int pass = 0; pass < 2; pass++) {      // the first one only counts
+        for (int64_t i = 0, k; i < n; i += k) {
+            k = span(all + i, n - i, PANEL);
+            for (int kind = 0; kind < 3; kind++) {
+                Text svg = {0};
+                if (kind == 2) svg_loops(&svg, all + i, k);
+                else svg_plot(&svg, all + i, k, kind ? ONE : MIDDLE);
+                count += pass == 0 && svg.n;
+                if (pass && svg.n) {
+                    Text path = figure_path(where, file, all + i, part[kind]);
+                    write_figure(path.s, &svg);
+                    release(path.s);
+                }
+                release(svg.s);
+            }
         }
+        if (!count) die("%s: no result has a start S or a layer k to draw; use --sweep", where);
+        if (file && count > 1) die("%s: these results make %lld figures; name a folder", where,
+                                   (long long)count);
     }
     release(all);
-    bool file = length > 4 && !strcmp(where + length - 4, ".svg");
-    if (!n_figures) die("%s: no result has a start S or a layer k to draw; use --sweep", where);
-    if (file && n_figures > 1) {
-        die("%s: these results make %lld figures; name a folder", where, (long long)n_figures);
-    }
-#ifdef _WIN32
-    int failed = file ? 0 : _mkdir(where);
-#else
-    int failed = file ? 0 : mkdir(where, 0777);
-#endif
-    if (failed && errno != EEXIST) die("%s: cannot be made: %s; choose another place", where,
-                                       strerror(errno));
-    for (int64_t i = 0; i < n_figures; i++) {
-        Text path = {0};
-        text_printf(&path, "%s%s%s", where, file ? "" : "/", file ? "" : figure[i].name.s);
-        write_figure(path.s, &figure[i].svg);
-        release(path.s);
-        release(figure[i].name.s);
-        release(figure[i].svg.s);
-    }
-    release(figure);
 }
 // ------------------------------------------------------------------------------------------------
 // 10. Runs: --eval, --probe, --sweep, --report, --cosine
@@ -5261,6 +5417,39 @@ static void sweep_word(Store *st, const char *word) {
             store_schedule(st, schedule_build(v, T, start, a), true);
         }
     }
+}
+
+// The baseline and all schedules of a --sweep list.
+static void sweep_schedules(Store *st, const char *sweep) {
+    char *list = copy_string(sweep), *at = list;
+    store_schedule(st, schedule_build(NULL, st->layers, -1, -1), true);
+    for (char *stop; *at; at = stop) {
+        stop = at + strcspn(at, ",");
+        if (*stop) *stop++ = 0;
+        sweep_word(st, at);
+    }
+    release(list);
+}
+
+// --sweep LIST --show: the schedules, one a line, and how much of their work is shared.
+static void show_sweep(Session *s, const char *sweep, int T) {
+    Store st = {.layers = T};
+    Tree tree;
+    int64_t shared = 0, separate = 0;
+    sweep_schedules(&st, sweep);
+    int64_t *entry = allocate(st.n_entries, sizeof *entry, "schedules");
+    for (int64_t i = 0; i < st.n_entries; i++) {
+        entry[i] = i;
+        separate += st.entries[i].schedule.n_slots;
+        puts(st.entries[i].text);
+    }
+    tree_build(&tree, s, &st, entry, (int)st.n_entries);
+    for (int64_t i = 1; i < tree.n_nodes; i++) shared += tree.nodes[i].n;
+    warn("%lld schedules: %lld layer passes, %lld for a run of its own each: %.2f times less",
+         (long long)st.n_entries, (long long)shared, (long long)separate,
+         (double)separate / (double)shared);
+    tree_free(&tree);
+    release(entry);
 }
 
 // The order of a classifier's outputs in terms of the task's labels, by name. Where the names do
@@ -5483,7 +5672,6 @@ static void evaluate(Session *s, const Wanted *w, Schedule schedule) {
                 "head=%s", w->out ? (unsigned long long)hash_bytes(m->file, m->bytes) : 0,
                 st.family, m->n_layers, st.bos, s->kv_mean ? "mean" : "exact",
                 w->head ? w->head : "-");
-    if (train) text_printf(&id, "\tprobe=%.16s\tstrength=%g", train->identity + 6, w->strength);
     st.identity = id.s;
     for (int64_t i = 0; i < w->n_evals; i++) {
         Task *t = task_load(w->evals[i]);
@@ -5494,19 +5682,19 @@ static void evaluate(Session *s, const Wanted *w, Schedule schedule) {
         if (train && (train->kind != t->kind || train->n_labels != t->n_labels)) {
             die("%s: its kind or labels are not those of %s", t->path, train->path);
         }
+        if (train) {                            // results of a probe belong to its train items too
+            Text probe = {0};
+            text_printf(&probe, "%s\tprobe=%016llx\tstrength=%g", t->identity,
+                        (unsigned long long)train->hash, w->strength);
+            release(t->identity);
+            t->identity = probe.s;
+        }
         if (store_task(&st, t, true) < i) die("%s: task %s is given twice", t->path, t->name);
     }
     if (train) check_task(train, m, true);
     if (w->sweep) {
-        char *list = copy_string(w->sweep), *at = list;
-        store_schedule(&st, schedule_build(NULL, m->n_layers, -1, -1), true);
-        for (char *stop; *at; at = stop) {
-            stop = at + strcspn(at, ",");
-            if (*stop) *stop++ = 0;
-            sweep_word(&st, at);
-        }
+        sweep_schedules(&st, w->sweep);
         schedule_free(&schedule);
-        release(list);
     } else {
         store_schedule(&st, schedule, true);
     }
@@ -5690,7 +5878,7 @@ static struct {
     int64_t n_evals, n_reports, evals_capacity, reports_capacity;
     int64_t layers, start[N_INTERVENTIONS], seed, times, threads, limit, batch, tokens, sample_seed;
     double temperature, top_p, strength;
-    bool info, show, bos, no_bos, help;
+    bool given[N_INTERVENTIONS], seed_given, times_given, info, show, bos, no_bos, help;
 } options = {.layers = -1, .times = 3, .limit = -1, .batch = 2048, .tokens = 256, .top_p = 1,
              .strength = 1};
 
@@ -5704,9 +5892,9 @@ typedef struct {
     const char *help;
 } Flag;
 
-static struct { const char ***list; int64_t *n, *capacity; } eval_list = {
-    &options.evals, &options.n_evals, &options.evals_capacity}, report_list = {
-    &options.reports, &options.n_reports, &options.reports_capacity};
+typedef struct { const char ***list; int64_t *n, *capacity; } WordList;
+static WordList eval_list = {&options.evals, &options.n_evals, &options.evals_capacity};
+static WordList report_list = {&options.reports, &options.n_reports, &options.reports_capacity};
 
 static const Flag flags[] = {
     {"What", NULL, SWITCH, NULL, 0, 0, NULL},
@@ -5788,6 +5976,8 @@ static void take_value(const Flag *f, const char *value) {
                 f->highest);
         }
         *(int64_t *)f->target = integer;
+        options.seed_given |= f->target == &options.seed;
+        options.times_given |= f->target == &options.times;
     }
     if (f->type == NUMBER) {
         if (!parse_double(value, &number) || !(number >= f->lowest && number <= f->highest)) {
@@ -5798,7 +5988,7 @@ static void take_value(const Flag *f, const char *value) {
 }
 
 static void add_argument(void *target, const char *word) {
-    typeof(eval_list) *list = target;
+    WordList *list = target;
     *list->list = grow((void *)(uintptr_t)*list->list, list->capacity, *list->n + 1, sizeof word,
                        "arguments");
     (*list->list)[(*list->n)++] = word;
@@ -5807,7 +5997,6 @@ static void add_argument(void *target, const char *word) {
 // Reads the arguments into `options`. Every flag is known, has the values it needs, and numbers
 // are numbers; otherwise one line says which is not.
 static void parse_arguments(int argc, char **argv) {
-    for (int i = 0; i < N_INTERVENTIONS; i++) options.start[i] = -1;
     for (int i = 1; i < argc; i++) {
         if (strncmp(argv[i], "--", 2)) {
             if (options.model) {
@@ -5837,8 +6026,9 @@ static void parse_arguments(int argc, char **argv) {
         if (!value) die("%s: a value is missing: %s", argv[i], v ? "a layer" : f->value);
         i++;
         if (v) {
-            if (!parse_int(value, 0, INT_MAX, &options.start[v - interventions])) {
-                die("--%s: \"%s\" is not a layer; give a whole number from 0", name, value);
+            options.given[v - interventions] = true;
+            if (!parse_int(value, INT64_MIN, INT64_MAX, &options.start[v - interventions])) {
+                die("--%s: \"%s\" is not a layer; give a whole number", name, value);
             }
         } else if (f->type == WORDS) {
             add_argument(f->target, value);
@@ -5853,17 +6043,19 @@ static void parse_arguments(int argc, char **argv) {
 static Schedule chosen_schedule(int T) {
     const Intervention *chosen = NULL;
     for (int i = 0; i < N_INTERVENTIONS; i++) {
-        if (options.start[i] < 0) continue;
+        if (!options.given[i]) continue;
         if (chosen) die("--%s: --%s is given too; one at a time, or write them as a --path",
                         interventions[i].name, chosen->name);
         chosen = &interventions[i];
     }
+    const char *second = chosen && chosen->argument_flag ? chosen->argument_flag : "";
+    if (options.seed_given && strcmp(second, "seed")) die("--seed: needs --random S beside it");
+    if (options.times_given && strcmp(second, "times")) die("--times: needs --loop S beside it");
     if (options.path) {
         if (chosen) die("--path: --%s is given too; choose one", chosen->name);
         return schedule_parse(options.path, T, "--path");
     }
-    int64_t argument = chosen && chosen->argument_flag
-        ? !strcmp(chosen->argument_flag, "seed") ? options.seed : options.times : -1;
+    int64_t argument = !strcmp(second, "seed") ? options.seed : options.times;
     return schedule_build(chosen, T, chosen ? options.start[chosen - interventions] : -1, argument);
 }
 
@@ -5885,7 +6077,7 @@ static void check_options(void) {
         die("--kv: \"%s\" is unknown; use exact or mean", options.kv);
     }
     const struct { bool given; const char *flag, *needs; bool there; } needs[] = {
-        {options.sweep != NULL, "sweep", "--eval", options.n_evals > 0},
+        {options.sweep != NULL, "sweep", "--eval or --show", options.n_evals || options.show},
         {options.probe != NULL, "probe", "--eval", options.n_evals > 0},
         {options.out != NULL, "out", "--eval", options.n_evals > 0},
         {options.log != NULL, "log", "--eval", options.n_evals > 0},
@@ -5925,13 +6117,13 @@ int main(int argc, char **argv) {
     }
     Model *m = options.layers > 0 ? NULL : model_load(options.model);
     Schedule schedule = chosen_schedule(m ? m->n_layers : (int)options.layers);
+    Session *s = session_new(m);
     if (options.show) {
-        char *text = schedule_text(&schedule);
-        puts(text);
+        if (options.sweep) show_sweep(s, options.sweep, schedule.n_layers);
+        else puts(schedule_text(&schedule));
         close_written(stdout, "stdout");
         return 0;
     }
-    Session *s = session_new(m);
     s->kv_mean = options.kv && !strcmp(options.kv, "mean");
     if (options.info) {
         print_info(m);
@@ -5953,3 +6145,4 @@ int main(int argc, char **argv) {
     return 0;
 }
 #endif
+#endif  // LANES

@@ -1,8 +1,8 @@
 """What every test uses: builds painters once per run, runs it, exports models, finds shared data.
 
-CC and CFLAGS choose the compiler and its flags; PAINTERS names a finished program to test instead of
-building one. `build` compiles a C file of tests/ the same way. `../shared` (or PAINTERS_SHARED) holds
-data that does not belong to the repository; tests that need it are skipped where it is missing.
+CC and CFLAGS choose the compiler and its flags; PAINTERS names a finished program to test instead
+of building one. `build` compiles a C file of tests/ the same way. `../shared` (or PAINTERS_SHARED)
+holds data that does not belong to the repository; tests that need it are skipped without it.
 """
 import array
 import atexit
@@ -19,6 +19,8 @@ import unittest
 import zlib
 
 import models
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # tests share the machine with one another
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(TESTS)
@@ -57,7 +59,8 @@ def _start_build(name, source):
 
 def build(name):
     """Compiles tests/NAME.c, once per run; returns the program."""
-    painters_source()
+    if "PAINTERS" not in os.environ:
+        painters_source()  # beside this one, since both will be needed
     process, program = _start_build(name, os.path.join(TESTS, name + ".c"))
     if process.wait():
         raise RuntimeError("tests/%s.c does not compile" % name)
@@ -65,7 +68,7 @@ def build(name):
 
 
 def painters_source():
-    """Starts the build of painters.c, so that other builds may run beside it."""
+    """Starts the build of painters.c."""
     return _start_build("painters", os.path.join(ROOT, "painters.c"))
 
 
@@ -157,7 +160,7 @@ class Dump:
         self.process.stdout.close()
 
     def ask(self, command, *words):
-        """Sends one line; returns the tables that come back as {name: (columns, array of floats)}."""
+        """Sends one line; returns the tables that come back: {name: (columns, floats)}."""
         line = " ".join([command, *map(str, words)]) + "\n"
         self.process.stdin.write(line.encode())
         self.process.stdin.flush()
@@ -206,7 +209,7 @@ def read_golden(name):
     with open(os.path.join(TESTS, "golden", "forward_%s.json" % name), encoding="utf-8") as f:
         golden = json.load(f)
     if golden["weights"] != fingerprint(name):
-        raise AssertionError("tests/golden is of another model; python3 tests/oracle_forward.py --write")
+        raise AssertionError("tests/golden is of another model; run oracle_forward.py --write")
     return golden
 
 

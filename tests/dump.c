@@ -104,7 +104,9 @@ static void dump_forward(const int64_t *id, int64_t n, const int64_t *chunk, int
     int q = sequence_new(dump.s, -1, n, slots);
     for (int64_t i = 0, c = 0; i < n; c++) {
         int64_t stop = c < n_chunks && i + chunk[c] < n ? i + chunk[c] : n;
-        for (; i < stop; i++) batch_add(dump.s, q, (int)id[i], i < n_segments ? (int)segment[i] : 0);
+        for (; i < stop; i++) {
+            batch_add(dump.s, q, (int)id[i], i < n_segments ? (int)segment[i] : 0);
+        }
         dump_pass(out);
     }
     dump_finish(out);
@@ -113,7 +115,8 @@ static void dump_forward(const int64_t *id, int64_t n, const int64_t *chunk, int
 static void dump_greedy(int64_t count, const int64_t *id, int64_t n) {
     Session *s = dump.s;
     int vocab = s->model->vocab_size, next = 0;
-    float *made = allocate(count, sizeof *made, "tokens"), *z = allocate(vocab, sizeof *z, "logits");
+    float *made = allocate(count, sizeof *made, "tokens");
+    float *z = allocate(vocab, sizeof *z, "logits");
     session_reset(s, 0);
     int q = sequence_new(s, -1, n + count, schedule_slots(s, &dump.schedule));
     for (int64_t i = 0; i < n; i++) batch_add(s, q, (int)id[i], 0);

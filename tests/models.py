@@ -39,7 +39,7 @@ def bert_vocabulary():
 
 
 def spell(text):
-    """Llama ids of a text of letters and spaces that no merge above joins (none of adehinorstuw)."""
+    """Llama ids of a text of letters and spaces that no merge joins (none of adehinorstuw)."""
     pieces = [piece for piece, _, _ in llama_pieces()]
     return [pieces.index(letter) for letter in ("\u2581" + text.replace(" ", "\u2581"))]
 
@@ -62,20 +62,20 @@ def _llama(seed, dim, hidden, layers, heads, kv, head_dim, tied, dtype, theta, e
                 vocab=VOCAB_LLAMA)
 
 
-def _bert(seed, dim, hidden, layers, heads, dtype, labels, length=65):
+def _bert(seed, dim, hidden, layers, heads, dtype, labels, eps=1e-12, length=65):
     return dict(arch="bert", seed=seed, dim=dim, hidden=hidden, layers=layers, heads=heads,
-                dtype=dtype, labels=labels, length=length, eps=1e-12, vocab=VOCAB_BERT)
+                dtype=dtype, labels=labels, length=length, eps=eps, vocab=VOCAB_BERT)
 
 
 MODELS = {
     "llama_gqa": _llama(1, 60, 93, 6, 6, 2, 10, False, "F32", 10000.0, 1e-5),
     "llama_mha": _llama(2, 66, 101, 5, 3, 3, 22, True, "F32", 10000.0, 1e-5),
-    "llama_f16": _llama(3, 30, 51, 6, 5, 5, 6, True, "F16", 5000.0, 1e-6),
+    "llama_f16": _llama(3, 30, 51, 6, 5, 5, 6, True, "F16", 5000.0, 0.02),
     "llama_bf16": _llama(4, 45, 77, 6, 3, 1, 14, False, "BF16", 500000.0, 1e-5),
     "llama_wide": _llama(5, 270, 523, 3, 3, 1, 90, False, "F32", 10000.0, 1e-5),
     "bert_mlm": _bert(6, 33, 51, 6, 3, "F32", 0),
     "bert_one": _bert(7, 30, 45, 5, 3, "F32", 1),
-    "bert_two": _bert(8, 34, 69, 6, 2, "F16", 2),
+    "bert_two": _bert(8, 34, 69, 6, 2, "F16", 2, 1e-3),
     "bert_three": _bert(9, 42, 57, 6, 6, "BF16", 3),
 }
 
@@ -250,7 +250,7 @@ def write_torch(path, entries, dtype):
 
 
 def write_sentencepiece(path, pieces):
-    """A sentencepiece model file (protobuf ModelProto): BPE with byte fallback, no normalization."""
+    """A sentencepiece model file (protobuf ModelProto): BPE, byte fallback, no normalization."""
     def varint(n):
         out = b""
         while n > 127:
@@ -339,10 +339,12 @@ def write_meta(name, folder):
     multiplier = 0.9 * m["hidden"] / int(8 * m["dim"] / 3)
     params = dict(dim=m["dim"], n_layers=m["layers"], n_heads=m["heads"], n_kv_heads=m["kv"],
                   norm_eps=m["eps"], multiple_of=m["hidden"], ffn_dim_multiplier=multiplier,
-                  vocab_size=-1)
+                  rope_theta=m["theta"], vocab_size=-1)
+    entries = meta_tensors(name)
+    entries.setdefault("output.weight", entries["tok_embeddings.weight"])  # Meta ties nothing
     with open(os.path.join(folder, "params.json"), "w", encoding="utf-8") as f:
         json.dump(params, f)
-    write_torch(os.path.join(folder, "consolidated.00.pth"), meta_tensors(name), m["dtype"])
+    write_torch(os.path.join(folder, "consolidated.00.pth"), entries, m["dtype"])
     write_sentencepiece(os.path.join(folder, "tokenizer.model"), llama_pieces())
     return folder
 

@@ -1,7 +1,7 @@
 """The evaluator against lm-evaluation-harness, scikit-learn, SciPy and transformers.
 
-    python3 tests/oracle_eval.py [PART ...]   compare (a few minutes; needs the packages); the parts
-                                              are metrics, probe, prompts
+    python3 tests/oracle_eval.py [PART ...]   compare (some minutes; needs the packages); the parts
+                                              are metrics, probe, prompts, llama, gsm8k, text, bert
     python3 tests/oracle_eval.py --write      write tests/tasks/expected.json
 """
 import argparse
@@ -19,7 +19,10 @@ import sklearn.linear_model
 import sklearn.metrics
 
 import common
+import models
+import schedules
 import test_metrics
+import test_scores
 import test_tasks
 
 SHARED = {"arc_challenge": "ARC-Challenge-Test.jsonl", "arc_easy": "ARC-Challenge-Test.jsonl",
@@ -245,14 +248,303 @@ def sample_prompts():
     return found
 
 
+# Scores: Llama ------------------------------------------------------------------------------------
+
+def schedule_of(flags, T):
+    """The schedule that some flags name, for T layers."""
+    for flag, value in zip(flags, flags[1:]):
+        if flag == "--path":
+            return schedules.parse(value, T)
+        if flag.startswith("--") and not value.startswith("--"):
+            return schedules.build(flag[2:], T, int(value), None)
+    return [[i] for i in range(T)]
+
+
+def small_llama(name):
+    """(model file, transformers model, tokenizer) of a model of models.py."""
+    import harness
+    return (common.model(name), *harness.small(common.source(name)))
+
+
+def stories():
+    """The same of stories260K."""
+    import harness
+    checkpoint, tokenizer = (common.shared("data", "stories260K", file)
+                             for file in ("checkpoint_legacy.bin", "tokenizer.bin"))
+    path = common.export(checkpoint, "--tokenizer", tokenizer)
+    return (path, *harness.stories(checkpoint, tokenizer, common.scratch()))
+
+
+def harness_scores(model, tokenizer, flags, made, limit=None):
+    """What the harness makes of a built task, in the form of tests/tasks/expected.json."""
+    import harness
+    schedule = schedule_of(flags, len(model.model.layers))
+    lm = harness.Model(model, tokenizer, schedule, "--bos" in flags)
+    figures, answers = harness.run(made, lm, limit)
+    return {"figures": {name: [float(v) for v in pair] for name, pair in figures.items()},
+            "answers": answers}
+
+
+def part_llama():
+    """The shared official items: log-likelihoods within 1e-3, metrics and errors as printed."""
+    import harness
+    for path, model, tokenizer, limit, runs in (
+            (*stories(), None, [[]]), (*stories(), 40, [["--bos"], ["--parallel", "0"]]),
+            (*small_llama("llama_gqa"), 40, [[], ["--bos"], ["--reverse", "0"]])):
+        for name in ("arc_challenge", "hellaswag", "winogrande", "lambada_openai"):
+            made = harness.task(name, shared(SHARED[name]))
+            task = test_tasks.task_file(name, shared(SHARED[name]))
+            for flags in runs:
+                right = harness_scores(model, tokenizer, flags, made, limit)
+                more = ["--limit", str(limit)] if limit else []
+                figures, answers = test_scores.evaluate(path, [task], *flags, *more)
+                fault = test_scores.compare(name, figures[name], answers[name], right)
+                require(fault is None, "%s %s: %s" % (os.path.basename(path), flags, fault))
+                worst = max(abs(x - y) for a, b in zip(answers[name], right["answers"])
+                            for x, y in zip(a, b))
+                print("llama: %s %s %s: %d items, log-likelihoods within %.1e, %d cut; %s"
+                      % (os.path.basename(path), name, " ".join(flags), len(answers[name]), worst,
+                         max(f[3] for f in figures[name].values()),
+                         ", ".join("%s %.4f +- %.4f" % (m, *f[:2]) for m, f in
+                                   figures[name].items())))
+
+
+def part_gsm8k():
+    """Five examples before each question, cut to the context: the same greedy text and matches."""
+    import harness
+    path, model, tokenizer = stories()
+    source, more = shared(SHARED["gsm8k"]), ["--fewshot", "5", "--train", shared(TRAIN)]
+    made = harness.task("gsm8k", source, 5, shared(TRAIN))
+    task = test_tasks.task_file("gsm8k", source, *more)
+    for flags in ([], ["--bos"], ["--skip", "1"]):
+        limit = 3 if "--skip" in flags else 12
+        right = harness_scores(model, tokenizer, flags, made, limit)
+        figures, answers = test_scores.evaluate(path, [task], *flags, "--limit", str(limit))
+        for item, (found, text) in enumerate(zip(answers["gsm8k"], right["answers"])):
+            if found == text:
+                continue
+            prompt = harness.requests(made)[item][0][0]
+            require(same_until_tie(model, tokenizer, flags, prompt, found[0], text[0]),
+                    "gsm8k item %d: %r, should be %r" % (item, found, text))
+            print("gsm8k %s: item %d differs behind a near-tie" % (" ".join(flags), item))
+            right["answers"][item] = found
+        fault = test_scores.compare("gsm8k", figures["gsm8k"], answers["gsm8k"], right)
+        require(fault is None, str(fault))
+        print("gsm8k %s: %d texts equal, %d prompts cut" % (" ".join(flags), limit,
+                                                             figures["gsm8k"]["strict"][3]))
+
+
+def same_until_tie(model, tokenizer, flags, prompt, found, text):
+    """Are two greedy texts equal up to a token at which the oracle's two best logits nearly tie?"""
+    import reference
+    ids = tokenizer.encode(prompt, "--bos" in flags)[-(model.config.max_position_embeddings - 256):]
+    new, tie = reference.Llama(model).generate(ids, schedule_of(flags, len(model.model.layers)), 256)
+    sure = tokenizer.decode(new[:tie])
+    return tie < 256 and found.startswith(sure) and text.startswith(sure)
+
+
+# Scores: running text -----------------------------------------------------------------------------
+
+def part_text():
+    """Perplexities against the harness's rolling windows; masked tokens against transformers."""
+    import harness
+    import reference
+    import torch
+    from lm_eval.api.instance import Instance
+    texts = [row["text"] for row in harness.official_rows(shared(SHARED["lambada_openai"]))[:6]]
+    texts += ["a", "", "One  sentence.\n\nAnd\tanother ."]
+    lines = ["#painters-task\t1\tname=text\tkind=text\tmetrics=%s"]
+    lines += [t.replace("\n", "\\n").replace("\t", "\\t") for t in texts if t]
+    texts = [t for t in texts if t]
+    path, model, tokenizer = small_llama("llama_gqa")
+    lm = harness.Model(model, tokenizer, [[i] for i in range(len(model.model.layers))], False)
+    right = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (t,), i)
+                                      for i, t in enumerate(texts)], disable_tqdm=True)
+    metrics = ("token_perplexity", "word_perplexity", "byte_perplexity")
+    task = test_scores.written("\n".join(lines) % ",".join(metrics), "text.tsv")
+    figures, answers = test_scores.evaluate(path, [task])
+    found = [sum(values) for values in answers["text"]]
+    for text, a, b in zip(texts, found, right):
+        near(a, b, 1e-3, "rolling log-likelihood of %r" % text[:40])
+    import re
+    for metric, count in zip(metrics, (lambda t: len(tokenizer.encode(t, False)),
+                                       lambda t: len(re.split(r"\s+", t)), lambda t: len(t.encode()))):
+        value = math.exp(-sum(right) / sum(map(count, texts)))
+        near(figures["text"][metric][0] / value, 1, 1e-4, metric)
+    print("text: %d texts, rolling log-likelihoods within %.1e"
+          % (len(texts), max(abs(a - b) for a, b in zip(found, right))))
+
+    bert, words = reference.load(common.source("bert_mlm")), bert_tokenizer("bert_mlm")
+    schedule, window = [[i] for i in range(bert.n_layers)], 65 - 2
+    texts = texts[:3] + texts[-1:]
+    lines = lines[:1] + [t.replace("\n", "\\n").replace("\t", "\\t") for t in texts]
+    task = test_scores.written("\n".join(lines) % "pseudo_perplexity,masked_acc", "masked.tsv")
+    figures, answers = test_scores.evaluate(common.model("bert_mlm"), [task])
+    total, hits, count = 0.0, 0, 0
+    for text, values in zip(texts, answers["text"]):
+        own, ids = 0.0, words(text, add_special_tokens=False)["input_ids"]
+        for start in range(0, len(ids), window):
+            part = [words.cls_token_id] + ids[start:start + window] + [words.sep_token_id]
+            for at in range(1, len(part) - 1):
+                masked = part[:at] + [words.mask_token_id] + part[at + 1:]
+                row = torch.log_softmax(bert.logits(masked, schedule)[at], 0)
+                own += float(row[part[at]])
+                hits += int(row.argmax()) == part[at]
+                count += 1
+        near(sum(values), own, 1e-3, "masked log-likelihood of %r" % text[:40])
+        total += own
+    near(figures["text"]["pseudo_perplexity"][0] / math.exp(-total / count), 1, 1e-4, "pseudo")
+    near(figures["text"]["masked_acc"][0], hits / count, 6e-5, "masked_acc")
+    print("text: %d masked tokens: pseudo-perplexity %.4f, accuracy %.4f"
+          % (count, math.exp(-total / count), hits / count))
+
+
+# Scores: BERT -------------------------------------------------------------------------------------
+
+def bert_tokenizer(name):
+    import transformers
+    return transformers.AutoTokenizer.from_pretrained(common.source(name))
+
+
+def bert_inputs(name, rows, words):
+    """[ids, segments] of each row of a task file, as Hugging Face's tokenizer truncates them. It is
+    given lists, as GLUE scripts do: on its own, an empty second text would be taken for none."""
+    limit = min(128, models.MODELS[name]["length"])
+    for row in rows:
+        found = words(*([text] for text in row[1:]), truncation="longest_first", max_length=limit)
+        yield found["input_ids"][0], found["token_type_ids"][0]
+
+
+def bert_figures(metrics, predicted, gold):
+    """{metric: (value, error by formula or None)} by scikit-learn and SciPy."""
+    n, found = len(gold), {}
+    for name in metrics.split(","):
+        if name in ("pearson", "spearman"):
+            function = {"pearson": scipy.stats.pearsonr, "spearman": scipy.stats.spearmanr}[name]
+            found[name] = [float(function(predicted, gold)[0]), None]
+        elif name == "acc":
+            p = sklearn.metrics.accuracy_score(gold, predicted)
+            found[name] = [p, math.sqrt(p * (1 - p) / (n - 1))]
+        else:
+            function = {"matthews": sklearn.metrics.matthews_corrcoef, "f1": sklearn.metrics.f1_score}
+            found[name] = [float(function[name](gold, predicted)), None]
+    return found
+
+
+def bert_scores(name, flags, path):
+    """What transformers makes of a task file, in the form of tests/tasks/expected.json."""
+    import reference
+    header, rows = test_tasks.read_task(path)
+    model, words = reference.load(common.source(name)), bert_tokenizer(name)
+    schedule = schedule_of(flags, model.n_layers)
+    answers = [model.logits(ids, schedule, segments)[0].tolist()
+               for ids, segments in bert_inputs(name, rows, words)]
+    predicted = [z.index(max(z)) if header["kind"] == "classify" else z[0] for z in answers]
+    gold = [float(row[0]) for row in rows]
+    return {"figures": bert_figures(header["metrics"], predicted, gold), "answers": answers}
+
+
+GLUE_FOLDERS = {"cola": "CoLA", "mrpc": "MRPC", "qnli": "QNLI", "rte": "RTE", "sst2": "SST-2",
+                "stsb": "STS-B", "wnli": "WNLI"}
+
+
+def part_bert():
+    """Class scores of GLUE dev items against transformers, and the probe against scikit-learn on
+    transformers' pooled features, both under schedules."""
+    import torch
+    torch.set_num_threads(1)
+    for task, folder in GLUE_FOLDERS.items():
+        with open(common.shared("data", "glue", folder, "dev.tsv"), "rb") as f:
+            lines = f.read().split(b"\n")[:61]
+        part = os.path.join(common.scratch(), task + "-part.tsv")
+        with open(part, "wb") as f:
+            f.write(b"\n".join(lines) + b"\n")
+        path = test_tasks.task_file(task, part)
+        name = "bert_one" if task == "stsb" else "bert_two"
+        for flags in ([], ["--loop", "0"]):
+            right = bert_scores(name, [], path) if not flags else None
+            figures, answers = test_scores.evaluate(common.model(name), [path], *flags)
+            if right is None:
+                continue
+            fault = test_scores.compare(task, figures[task], answers[task], right)
+            require(fault is None, str(fault))
+            print("bert: %s: %d items, class scores within %.1e; %s" % (
+                task, len(answers[task]), max(abs(x - y) for a, b in zip(answers[task], right["answers"])
+                                              for x, y in zip(a, b)),
+                ", ".join("%s %.4f" % (m, f[0]) for m, f in figures[task].items())))
+    for name, task, flags in (("bert_two", "rte", []), ("bert_two", "qqp", ["--reverse", "0"]),
+                              ("bert_three", "mnli", ["--parallel", "0"]), ("bert_one", "stsb", [])):
+        compare_probe(name, task, flags)
+
+
+def compare_probe(name, task, flags):
+    """--probe on tests/tasks; half of the train rows are the dev set, for a score that can differ."""
+    import reference
+    source = test_tasks.sample_path(task + "_train.tsv")
+    path = test_tasks.task_file(task, source)
+    header, rows = test_tasks.read_task(path)
+    model, words = reference.load(common.source(name)), bert_tokenizer(name)
+    schedule = schedule_of(flags, model.n_layers)
+    x = numpy.array([model.bert.pooler(model.states(ids, schedule, segments)[-1][None])[0].tolist()
+                     for ids, segments in bert_inputs(name, rows, words)])
+    y = numpy.array([float(row[0]) for row in rows])
+    with open(path, encoding="utf-8") as f:
+        lines = f.read().split("\n")
+    dev = test_scores.written("\n".join(lines[:1] + lines[16:]), "probe-dev.tsv")
+    train = test_scores.written("\n".join(lines[:16]) + "\n", "probe-train.tsv")
+    figures, _ = test_scores.evaluate(common.model(name), [dev], "--probe", train, *flags)
+    if header["kind"] == "regress":
+        fit = sklearn.linear_model.Ridge(alpha=1.0).fit(x[:15], y[:15])
+    else:
+        fit = sklearn.linear_model.LogisticRegression(C=1.0, tol=1e-10, max_iter=500,
+                                                      solver="newton-cholesky").fit(x[:15], y[:15])
+    right = bert_figures(header["metrics"], fit.predict(x[15:]).tolist(), y[15:].tolist())
+    for metric, (value, _) in right.items():
+        near(figures[task][metric][0], value, 0.005, "probe %s %s" % (task, metric))
+    print("bert: probe %s %s: %s as scikit-learn's" % (
+        task, " ".join(flags), ", ".join("%s %.4f" % (m, v[0]) for m, v in right.items())))
+
+
+# Recording ----------------------------------------------------------------------------------------
+
+def sample_scores():
+    """The runs of test_scores.py on the items of tests/tasks."""
+    import harness
+    found = {}
+    for name, flags in test_scores.LLAMA_RUNS:
+        _, model, tokenizer = small_llama(name)
+        run = found[" ".join([name] + flags)] = {}
+        for task in test_scores.LLAMA_TASKS:
+            source = test_tasks.sample_path(test_tasks.LLAMA[task])
+            made = harness.task(task, source, max_tokens=test_scores.MAX_TOKENS
+                                if task == "gsm8k" else None)
+            run[task] = harness_scores(model, tokenizer, flags, made)
+    for name, flags in test_scores.BERT_RUNS:
+        run = found[" ".join([name] + flags)] = {}
+        for task in test_scores.BERT_TASKS[name]:
+            run[task] = bert_scores(name, flags, test_scores.task_file(task))
+    for key, run in found.items():
+        for right in run.values():
+            right["weights"] = common.fingerprint(key.split(" ")[0])
+            right["answers"] = [[a if isinstance(a, str) else float("%.7g" % a) for a in item]
+                                for item in right["answers"]]
+    return found
+
+
 def write_expected():
     path = test_tasks.sample_path("expected.json")
+    expected = {"prompts": sample_prompts(), "runs": sample_scores()}
     with open(path, "w", encoding="utf-8") as f:
-        json.dump({"prompts": sample_prompts()}, f, indent=0, ensure_ascii=False)
-        f.write("\n")
+        f.write("{\n")
+        for i, (key, value) in enumerate(expected.items()):
+            lines = ["%s: %s" % (json.dumps(k), json.dumps(v, ensure_ascii=False))
+                     for k, v in value.items()]
+            f.write("%s: {\n%s}%s\n" % (json.dumps(key), ",\n".join(lines), "," if not i else ""))
+        f.write("}\n")
 
 
-PARTS = {"metrics": part_metrics, "probe": part_probe, "prompts": part_prompts}
+PARTS = {"metrics": part_metrics, "probe": part_probe, "prompts": part_prompts, "llama": part_llama,
+         "gsm8k": part_gsm8k, "text": part_text, "bert": part_bert}
 
 
 def main():

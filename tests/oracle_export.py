@@ -1,5 +1,5 @@
-"""export.py on checkpoints that torch, safetensors and transformers wrote: every tensor of the model
-file must hold the bytes of the module's state_dict. Needs those packages.
+"""export.py on checkpoints that torch, safetensors and transformers wrote: every tensor of the
+model file must hold the bytes of the module's state_dict. Needs those packages.
 
     python3 tests/oracle_export.py
 """
@@ -55,8 +55,9 @@ class Oracle(unittest.TestCase):
         self.assertEqual(set(model["tensors"]), set(names))
         for ours, theirs in names.items():
             tensor = state[theirs].contiguous()
-            data = tensor.view(torch.uint8).numpy().tobytes()
-            self.assertEqual(model["tensors"][ours], (OURS[tensor.dtype], tuple(tensor.shape), data))
+            right = (OURS[tensor.dtype], tuple(tensor.shape),
+                     tensor.view(torch.uint8).numpy().tobytes())
+            self.assertEqual(model["tensors"][ours], right)
         return model
 
     def configuration(self, module):
@@ -151,6 +152,7 @@ class Oracle(unittest.TestCase):
                 (module, "asks for"), (dict(state, extra=torch.nn.Linear(2, 2)), "asks for"),
                 (dict(state, extra={"a": torch.ones(2)}), "entry extra: not a tensor"),
                 (dict(state, extra=torch.ones(2)), "not understood: extra"),
+                (dict(state, extra=torch._neg_view(torch.ones(2))), "tensor of unknown form"),
                 (dict(state, extra=torch.ones(2, 3).t()), "transposed"),
                 (dict(state, **{"model.norm.weight": torch.ones(48)[::2]}), "transposed or sliced"),
                 (dict(state, **{"model.norm.weight": torch.ones(24).double()}), "f64"),
@@ -167,9 +169,10 @@ class Oracle(unittest.TestCase):
                 self.configuration(module)
                 torch.save(change, os.path.join(self.path, "pytorch_model.bin"),
                            _use_new_zipfile_serialization=new)
-                status, err = call("model", self.path, self.out)
-                self.assertEqual((status, err.count("\n")), (1, 1), err)
-                self.assertRegex(err, pattern)
+                with self.subTest(pattern=pattern, new=new):
+                    status, err = call("model", self.path, self.out)
+                    self.assertEqual((status, err.count("\n")), (1, 1), err)
+                    self.assertRegex(err, pattern)
 
     def test_refused_models(self):
         t = transformers
@@ -208,7 +211,8 @@ class Oracle(unittest.TestCase):
         for _ in range(3000):
             data = bytearray(whole)
             for _ in range(rng.randint(1, 2)):
-                data[rng.randrange(len(whole) - len(case.data))] = rng.choice(b'0123456789{}[]",:aF')
+                at = rng.randrange(len(whole) - len(case.data))
+                data[at] = rng.choice(b'0123456789{}[]",:aF')
             with open(file, "wb") as f:
                 f.write(data)
             try:

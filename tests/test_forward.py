@@ -1,18 +1,24 @@
 """The forward pass: goldens from transformers, and what must be equal to the bit.
 
-tests/golden/forward_NAME.json holds, for each model of models.py, a few numbers of what transformers
-computes (oracle_forward.py writes it). Everything runs through tests/dump.c, which embeds painters.c,
-and through the command line.
+tests/golden/forward_NAME.json holds, for each model of models.py, a few numbers of what
+transformers computes (oracle_forward.py writes it). Everything runs through tests/dump.c, which
+embeds painters.c, and through the command line.
 """
 import json
 import os
 import random
 import re
+import sys
 import unittest
 
 import common
 import models
 import schedules
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None
 
 TOLERANCE = 1e-4
 LLAMAS = [name for name, shape in models.MODELS.items() if shape["arch"] == "llama"]
@@ -32,6 +38,12 @@ def interventions(T):
         text = schedules.text(schedules.build(method, T, start, argument))
         yield [method, start] + ([] if argument is None else [argument]), text
     yield None, "%d 0 0|1|0 2|1 2|1 0" % (T - 1)
+
+
+def continuation(ids, stops=(2,)):
+    """The bytes of generated tokens up to the first that ends a text: </s>; for --prompt, as in
+    llama2.c, <s> too."""
+    return models.decode(ids[:min([ids.index(i) for i in stops if i in ids] + [len(ids)])])
 
 
 def some_schedules(name):
@@ -73,7 +85,8 @@ class Golden(unittest.TestCase):
         """The goldens' schedules are those that the command line makes of their flags."""
         for name in models.MODELS:
             for case in common.read_golden(name)["cases"][::3]:
-                out = common.run("--layers", models.MODELS[name]["layers"], *case["flags"], "--show")
+                T = models.MODELS[name]["layers"]
+                out = common.run("--layers", T, *case["flags"], "--show")
                 self.assertEqual(out.decode(), case["schedule"] + "\n")
 
     def test_ties_are_rare(self):
@@ -84,15 +97,15 @@ class Golden(unittest.TestCase):
     def test_command_line(self):
         """--prompt under every intervention prints the bytes of the same greedy tokens."""
         for name in ("llama_gqa", "llama_bf16"):
+            cases = interventions(models.MODELS[name]["layers"])
             with common.Dump(common.model(name)) as dump:
-                for turn, (flags, schedule) in enumerate(interventions(models.MODELS[name]["layers"])):
+                for turn, (flags, schedule) in enumerate(cases):
                     flags = ["--path", schedule] if flags is None else schedules.flags(*flags)
                     kv = ("exact", "mean")[turn % 2]
                     new = dump.greedy([1, PIECES.index("\u2581the")], schedule, 60, kv)
-                    stop = min([new.index(i) for i in (1, 2) if i in new] + [60])
                     out = common.run(common.model(name), "--prompt", "the", "--tokens", 60, "--kv",
                                      kv, *flags)
-                    self.assertEqual(out, b"the" + models.decode(new[:stop]) + b"\n",
+                    self.assertEqual(out, b"the" + continuation(new, (1, 2)) + b"\n",
                                      (name, schedule))
 
     def test_mean_in_tasks(self):
@@ -108,7 +121,7 @@ class Golden(unittest.TestCase):
         schedule, texts = "0 1|2|3|4 1|2|3|4 5", {}
         with common.Dump(common.model(name)) as dump:
             for kv in ("exact", "mean"):
-                texts[kv] = [models.decode(dump.greedy(models.spell(prompt), schedule, 30, kv))
+                texts[kv] = [continuation(dump.greedy(models.spell(prompt), schedule, 30, kv))
                              for prompt in prompts]
         self.assertNotEqual(texts["exact"], texts["mean"])
         for kv in ("exact", "mean"):
@@ -126,6 +139,23 @@ def read_texts(log):
         rows = [line.rstrip(b"\n").split(b"\t") for line in f if not line.startswith(b"#")]
     rows.sort(key=lambda row: int(row[2]))
     return [re.sub(rb"\\[ntr\\]", lambda m: escapes[m.group()], row[-1]) for row in rows]
+
+
+class Memory(unittest.TestCase):
+
+    @unittest.skipUnless(sys.platform == "linux", "needs Linux's limit on memory")
+    @unittest.skipIf("sanitize" in os.environ.get("CFLAGS", ""), "sanitizers need much memory")
+    def test_cache_too_large(self):
+        """A cache that does not fit is named in one line, not a crash."""
+        limits = resource.getrlimit(resource.RLIMIT_AS)
+        common.painters()
+        model = common.model("llama_gqa")
+        resource.setrlimit(resource.RLIMIT_AS, (3 << 30, limits[1]))
+        try:
+            line = common.refused(model, "--prompt", "b", "--tokens", 100, "--path", "(0-5)*100000")
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, limits)
+        self.assertIn("cache", line)
 
 
 class Cosine(unittest.TestCase):
@@ -148,7 +178,8 @@ class Cosine(unittest.TestCase):
         for case in golden:
             with open(task, "w", encoding="utf-8") as f:
                 f.write(case["task"])
-            names, found = self.matrix(common.model(case["model"]), "--cosine", task, *case["flags"])
+            model = common.model(case["model"])
+            names, found = self.matrix(model, "--cosine", task, *case["flags"])
             self.assertEqual(names[1:], case["schedule"].split())
             self.assertEqual(len(found), len(case["matrix"]))
             self.close(found, case["matrix"])
@@ -179,7 +210,8 @@ class SameBits(unittest.TestCase):
                 for i, (a, b) in enumerate(zip(found[key], right[key])):
                     self.assertEqual(a.tobytes(), b.tobytes(), "%s: state %d" % (what, i))
             else:
-                self.assertEqual(found[key][1].tobytes(), right[key][1].tobytes(), what + ": " + key)
+                one, other = found[key][1], right[key][1]
+                self.assertEqual(one.tobytes(), other.tobytes(), what + ": " + key)
 
     def test_chunks(self):
         """Prefill in any chunking, token by token too, equals one pass under every intervention."""
@@ -247,7 +279,7 @@ class SameBits(unittest.TestCase):
                     at += len(text)
 
     def test_family(self):
-        """A shared beginning, in the same pass or an earlier one, gives what each text gives alone."""
+        """A shared beginning, in the same pass or an earlier one: what each text gives alone."""
         for name in LLAMAS:
             for before in (16, 37) if name == "llama_wide" else (1, 15, 16, 37):
                 parent = tokens(name, before)
@@ -277,14 +309,15 @@ class SameBits(unittest.TestCase):
                     dump.ask("build", *flags)
                     found = dump.ask("forward", *ids)
                     states = [found.pop("state%d" % i)[1] for i in range(len(right["states"]))]
-                    self.same(dict(found, states=states), {k: right[k] for k in ("logits", "states")},
+                    self.same(dict(found, states=states),
+                              {key: right[key] for key in ("logits", "states")},
                               "%s %r" % (name, flags))
-                whole = dump.forward(ids, " ".join(map(str, range(T))))
+                whole = dump.forward(ids, " ".join(map(str, range(T))))["logits"][1]
                 for path in ("0-%d" % (T - 1), " ".join("(%d)" % i for i in range(T)),
                              " ".join("(%d-%d)*1" % (i, i) for i in range(T))):
                     dump.ask("schedule", path)
-                    found = dump.ask("forward", *ids)
-                    self.assertEqual(found["logits"][1].tobytes(), whole["logits"][1].tobytes(), path)
+                    found = dump.ask("forward", *ids)["logits"][1]
+                    self.assertEqual(found.tobytes(), whole.tobytes(), path)
 
     def test_group_named_twice(self):
         """A layer named twice in a group counts twice."""
@@ -312,8 +345,6 @@ class Layouts(unittest.TestCase):
 
     def test_meta(self):
         for name in ("llama_gqa", "llama_f16"):
-            if models.MODELS[name]["tied"]:
-                continue
             ids = tokens(name, 40)
             path = common.export(models.write_meta(name, self.folder("meta-" + name)))
             self.close(self.logits(path, ids), self.logits(common.model(name), ids))

@@ -105,6 +105,16 @@ class SentencePiece(unittest.TestCase):
             for text, ids in zip(given, found):
                 self.assertEqual(ids, reference(pieces, text), (turn, text))
 
+    def test_pieces_of_the_user(self):
+        """The longest one wins, they never merge, and they are seen before anything else."""
+        own = ["ab", "abab", SPACE + "x", "\u00e9", SPACE + SPACE]
+        pieces = with_bytes({text: -i for i, text in enumerate([SPACE, "a", "b", "aa", "bb", "aba"])})
+        pieces += [(text, 0, 4) for text in own]
+        given = ["ababab", "abaabb", "xx x", "aab\u00e9\u00e9 ", "   x", "ab  ab", "aaabab"]
+        tokenizer = Tokenizer(read(save(protobuf(pieces), "tokenizer.model"), "llama"))
+        for text, ids in zip(given, tokenizer.encode(given)):
+            self.assertEqual(ids, reference(pieces, text), text)
+
     def test_broken_utf8(self):
         """A byte that starts no valid sequence is U+FFFD by itself."""
         tokenizer = Tokenizer(read(tokenizing.MODEL, "llama"))
@@ -191,17 +201,18 @@ class WordPiece(unittest.TestCase):
         """Hugging Face's file gives what vocab.txt gives, and tokens outside the vocabulary."""
         lines = open_lines(tokenizing.VOCABULARY)
         given = [text for text, _ in golden()["wordpiece"]["uncased"]["texts"]]
-        for lower in True, False:
+        for lower in False, True:
             whole = bert_json(lines, lower)
             by_lines = read(vocabulary(lines, do_lower_case=lower), "bert")
             by_json = read(save(json.dumps(whole), "tokenizer.json"), "bert")
             self.assertEqual(by_json, by_lines)
-        extra = {"id": len(lines), "content": "the<x>", "special": True, "normalized": False}
-        whole["added_tokens"].append(extra)
+        whole["added_tokens"] += [{"id": len(lines) + i, "content": text, "normalized": False}
+                                  for i, text in enumerate(["the<x>", "ofof"])]
         tokenizer = Tokenizer(read(save(json.dumps(whole), "tokenizer.json"), "bert"))
-        self.assertEqual(tokenizer.encode(["athe<x>the<x", "the"]),
-                         [[lines.index("a"), len(lines), lines.index("the"), lines.index("<"),
-                           lines.index("x")], [lines.index("the")]])
+        right = {"athe<x>the<x": ["a", "the<x>", "the", "<", "x"], "The<X>": ["the", "<", "x", ">"],
+                 "xofof.": ["x", "ofof", "."], "OFof": ["of", "##o", "##f"]}
+        for text, ids in zip(right, tokenizer.encode(right)):
+            self.assertEqual([(lines + ["the<x>", "ofof"])[i] for i in ids], right[text])
         self.assertEqual(tokenizer.encode(given), Tokenizer(by_lines).encode(given))
 
     def test_broken_utf8(self):

@@ -1,0 +1,178 @@
+"""The command line, the README's C example, and model files that are not what they should be."""
+import os
+import random
+import re
+import struct
+import subprocess
+import unittest
+import zlib
+
+import common
+
+
+class CommandLine(unittest.TestCase):
+    def test_help_lists_every_flag_of_the_readme(self):
+        text = common.run("--help").decode()
+        for flag in ("prompt eval cosine probe sweep info report head skip repeat reverse random seed "
+                     "parallel loop times drop swap path show layers threads limit batch bos no-bos kv "
+                     "out log shard svg tokens temperature top-p sample-seed quiet").split():
+            self.assertRegex(text, r"(?m)^  --%s\b" % flag)
+        self.assertIn("Examples", text)
+
+    def test_no_arguments_is_a_question(self):
+        status, out, _ = common.execute()
+        self.assertEqual(status, 1)
+        self.assertIn(b"painters MODEL", out)
+
+    def test_refused(self):
+        model = common.model("llama_gqa")
+        for words, said in (
+                (["--nonsense"], "--nonsense"), ([model, "--prompt"], "--prompt"),
+                ([model, "--prompt", "a", "--tokens", "3x"], "3x"),
+                ([model, "--prompt", "a", "--tokens", "0"], "--tokens"),
+                ([model, "--prompt", "a", "--temperature", "hot"], "hot"),
+                ([model, "--prompt", "a", "--top-p", "1.5"], "--top-p"),
+                ([model, "--prompt", "a", "--threads", "0"], "--threads"),
+                ([model, "--prompt", "a", "--kv", "both"], "--kv"),
+                ([model, "--prompt", "a", "--kernels", "magic"], "magic"),
+                ([model, "--prompt", "a", "--bos", "--no-bos"], "--bos"),
+                ([model, "--prompt", "", "--no-bos"], "--prompt"),
+                ([model, "--prompt", "q" * 300], "context"),
+                ([model, "--prompt", "a", "--skip", "1", "--drop", "1"], "one at a time"),
+                ([model, "--prompt", "a", "--skip", "1", "--path", "0"], "--path"),
+                ([model, "--sweep", "skip"], "--eval"), ([model, "--shard", "1/2"], "--eval"),
+                ([model, "--cosine"], "--prompt"), ([model], "nothing to do"), ([model, model], model),
+                (["--layers", "3"], "--show"), ([], None), (["/nowhere/m.bin", "--info"], "/nowhere"),
+                ([common.ROOT, "--info"], "regular file"),
+                ([model, "--eval", "/nowhere.tsv"], "/nowhere.tsv")):
+            if said:
+                with self.subTest(words):
+                    self.assertIn(said, common.refused(*words))
+
+    def test_shards(self):
+        for shard in ("0/2", "3/2", "1", "a/b", "1/0", "1/2/3"):
+            with self.subTest(shard):
+                common.refused(common.model("llama_gqa"), "--eval", "x.tsv", "--shard", shard)
+
+    def test_quiet_and_streams(self):
+        words = [common.model("llama_gqa"), "--prompt", "bcf", "--tokens", "4"]
+        status, out, err = common.execute(*words)
+        self.assertEqual((status, out[:3]), (0, b"bcf"))
+        self.assertIn("tokens/s", err)
+        self.assertEqual(common.execute(*words, "--quiet"), (0, out, ""))
+
+    def test_sampling_has_a_seed(self):
+        words = [common.model("llama_gqa"), "--prompt", "bcf", "--tokens", "20", "--temperature", "1"]
+        one = common.run(*words, "--sample-seed", "1")
+        self.assertEqual(one, common.run(*words, "--sample-seed", "1"))
+        self.assertNotEqual(one, common.run(*words, "--sample-seed", "2"))
+        self.assertEqual(common.run(*words[:-2]), common.run(*words, "--top-p", "1e-9"))
+
+    def test_output_closed_or_full(self):
+        if os.path.exists("/dev/full"):
+            with open("/dev/full", "wb") as full:
+                done = subprocess.run([common.painters(), common.model("llama_gqa"), "--info"],
+                                      stdout=full, stderr=subprocess.PIPE, check=False)
+            self.assertEqual(done.returncode, 1)
+            self.assertIn(b"cannot be written", done.stderr)
+
+    def test_readme_example(self):
+        with open(os.path.join(common.ROOT, "README.md"), encoding="utf-8") as f:
+            code = re.search(r"```c\n(.*?)```", f.read(), re.S).group(1)
+        self.assertLessEqual(len(code.strip().splitlines()), 22)
+        folder = common.scratch()
+        with open(os.path.join(folder, "example.c"), "w", encoding="utf-8") as f:
+            f.write(code.replace("model.bin", common.model("llama_gqa")))
+        compiler = os.environ.get("CC", "cc").split()
+        program = os.path.join(folder, "example")
+        subprocess.run([*compiler, "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-I", common.ROOT,
+                        os.path.join(folder, "example.c"), "-o", program, "-lm"], check=True)
+        out = subprocess.run([program], check=True, capture_output=True).stdout
+        self.assertTrue(float(out))
+
+
+class HostileModel(unittest.TestCase):
+    """Damaged model files are refused in one line; nothing else may happen."""
+
+    def setUp(self):
+        with open(common.model("bert_two"), "rb") as f:
+            self.good = f.read()
+        self.path = os.path.join(common.scratch(), "hostile.bin")
+        self.header = struct.unpack_from("<Q", self.good, 24)[0]
+
+    def offer(self, data, sign=True):
+        """Runs --info on a file with a right checksum; a refusal in one line or success."""
+        data = bytearray(data)
+        header = struct.unpack_from("<Q", data, 24)[0] if len(data) >= 32 else 0
+        if sign and 36 <= header <= len(data):
+            data[32:36] = bytes(4)
+            struct.pack_into("<I", data, 32, zlib.crc32(data[:header]))
+        with open(self.path, "wb") as f:
+            f.write(data)
+        status, out, err = common.execute(self.path, "--prompt", "the [MASK]")
+        self.assertIn(status, (0, 1), err)
+        if status:
+            self.assertRegex(err, r"\Apainters: [^\n]*\n\Z")
+        return status, err
+
+    def test_every_header_field(self):
+        for at in [*range(8, 16, 4), *range(36, 40, 4), *range(64, 160, 4)]:
+            old = struct.unpack_from("<I", self.good, at)[0]
+            for new in (0, 0xffffffff, 0x7fffffff, 0x80000000, old + 1, max(old, 1) - 1):
+                data = bytearray(self.good)
+                struct.pack_into("<I", data, at, new & 0xffffffff)
+                with self.subTest(at=at, new=new):
+                    self.offer(data)
+        for at in (16, 24, 40, 48, 56, 144, 152):
+            old = struct.unpack_from("<Q", self.good, at)[0]
+            for new in (0, 2**64 - 1, 2**63, 2**63 - 1, old + 1, old - 1, old + 64, old - 64):
+                data = bytearray(self.good)
+                struct.pack_into("<Q", data, at, new % 2**64)
+                with self.subTest(at=at, new=new):
+                    status, err = self.offer(data)
+                    if at in (16, 24, 40):
+                        self.assertEqual(status, 1, err)
+
+    def test_tensor_table(self):
+        rng = random.Random(1)
+        entries = struct.unpack_from("<I", self.good, 36)[0]
+        for entry in (0, 1, entries - 1, rng.randrange(entries)):
+            for field, size in ((0, 4), (52, 4), (56, 4), (60, 4), (64, 8), (72, 8), (80, 8), (88, 8)):
+                at = 192 + 96 * entry + field
+                old = int.from_bytes(self.good[at:at + size], "little")
+                for new in (0, 2**(8 * size) - 1, 2**(8 * size - 1), old + 1, old - 1, old * 2):
+                    data = bytearray(self.good)
+                    data[at:at + size] = (new % 2**(8 * size)).to_bytes(size, "little")
+                    with self.subTest(entry=entry, field=field, new=new):
+                        status, err = self.offer(data)
+                        if data != self.good:
+                            self.assertEqual(status, 1, err)
+
+    def test_cut_anywhere(self):
+        rng = random.Random(2)
+        cuts = [0, 1, 7, 8, 31, 32, 35, 36, 159, 160, 191, 192, self.header - 1, self.header,
+                len(self.good) - 1, len(self.good) - 64]
+        for cut in cuts + [rng.randrange(len(self.good)) for _ in range(20)]:
+            with self.subTest(cut=cut):
+                self.assertEqual(self.offer(self.good[:cut], sign=False)[0], 1)
+        self.assertEqual(self.offer(self.good + b"\0", sign=False)[0], 1)
+
+    def test_flips(self):
+        rng = random.Random(3)
+        for _ in range(60):
+            at = rng.randrange(self.header)
+            data = bytearray(self.good)
+            data[at] ^= 1 << rng.randrange(8)
+            with self.subTest(at=at):
+                self.assertEqual(self.offer(data, sign=False)[0], 1)     # the checksum sees it
+                self.offer(data)                                         # and without its help
+
+    def test_checksum_is_needed(self):
+        data = bytearray(self.good)
+        data[32] ^= 1
+        self.assertIn("checksum", self.offer(data, sign=False)[1])
+        self.assertEqual(self.offer(self.good)[0], 1 if b"mlm" not in self.good else 0)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,47 @@
+"""The README's exercises: their checks work, and "an intervention in ten lines" is ten lines."""
+import os
+import subprocess
+import unittest
+
+import common
+
+BUILDER = """static void build_rotate(Schedule *s, int lo, int hi, int T, int64_t argument) {
+    (void)T, (void)argument;
+    for (int i = lo + 1; i < hi; i++) schedule_add(s, i, false);
+    schedule_add(s, lo, false);
+}
+"""
+ROW = '    {"rotate", MIDDLE, NULL, 0, 0, -1, build_rotate, "run the first middle layer last"},\n'
+
+
+class Exercises(unittest.TestCase):
+    def test_schedule_by_hand(self):
+        self.assertEqual(common.run("--layers", 12, "--path", "0-4 (5-6)*2 7-11", "--show"),
+                         common.run("--layers", 12, "--loop", 4, "--times", 2, "--show"))
+
+    def test_an_intervention_in_ten_lines(self):
+        with open(os.path.join(common.ROOT, "painters.c"), encoding="utf-8") as f:
+            source = f.read()
+        place = source.index("// To add an intervention:")
+        table = source.index("{\n", source.index("interventions[] = ")) + 2
+        source = source[:place] + BUILDER + source[place:table] + ROW + source[table:]
+        self.assertLessEqual((BUILDER + ROW).count("\n"), 10)
+        folder = os.path.join(common.scratch(), "exercise")
+        os.makedirs(folder)
+        path, program = os.path.join(folder, "painters.c"), os.path.join(folder, "painters")
+        with open(path, "w", encoding="utf-8") as f:
+            f.write(source)
+        compiler = os.environ.get("CC", "cc").split()
+        subprocess.run([*compiler, "-std=gnu11", "-O0", path, "-o", program, "-lm"], check=True)
+        out = subprocess.run([program, "--layers", "12", "--rotate", "3", "--show"], check=True,
+                             capture_output=True, text=True).stdout
+        self.assertEqual(out, "0 1 2 3 5 6 7 8 4 9 10 11\n")
+        self.assertIn("--rotate S", subprocess.run([program, "--help"], check=True,
+                                                   capture_output=True, text=True).stdout)
+        many = subprocess.run([program, "--layers", "5", "--sweep", "rotate", "--show"], check=True,
+                              capture_output=True, text=True).stdout
+        self.assertEqual(many, "0 1 2 3 4\n0 2 3 4 1\n0 1 3 2 4\n")
+
+
+if __name__ == "__main__":
+    unittest.main()
