@@ -13,9 +13,10 @@
 //
 // How to read it: from top to bottom, as a token travels. A schedule says which layers run in which
 // order (1). A model file is mapped and checked (2). Kernels multiply matrices (3), layers are made
-// of kernels, and forward() is one loop over the steps of a schedule (4). Tokenizers turn text into
-// ids (5). Metrics turn kept values into scores (6), tasks turn lines of text into sequences and a
-// tree of schedules is walked over them (7). Reports draw what came out (8). Flags are a table (9).
+// of kernels, and a pass is one loop over the steps of a schedule (4). Tokenizers turn text into ids
+// and back (5), and a text is continued (6). Metrics turn kept values into scores (7); tasks turn
+// lines of text into sequences and answers into values (8); a tree of schedules is walked over them
+// (9). Reports print and draw what came out (10), runs tie it together (11), flags are a table (12).
 //
 // MIT License; see LICENSE. Model files come from export.py; README.md documents their format.
 
@@ -2827,7 +2828,7 @@ static void fill_masks(Session *s, const Schedule *schedule, const char *prompt)
 }
 
 // ------------------------------------------------------------------------------------------------
-// 6. Metrics: kept values -> a score and its standard error
+// 7. Metrics: kept values -> a score and its standard error
 // ------------------------------------------------------------------------------------------------
 
 // Bytes of the white-space character at s, by Python's str.isspace(); 0 if there is none.
@@ -3513,15 +3514,12 @@ static double gold_of(const Task *t, int64_t item) { return strtod(t->items[item
 
 static void value_choice(const Task *t, const Request *r, int64_t n, double *value) {
     const Item *i = &t->items[r->item];
-    int64_t best = 0, best_norm = 0;
-    double top = -INFINITY;
+    int64_t best = -1, best_norm = -1;      // a model that answers NaN is never right
+    double top = -INFINITY, top_norm = -INFINITY;
     for (int64_t c = 0; c < n; c++) {
         double norm = r[c].loglik / (double)count_codepoints(i->field[2 + c]);
-        if (r[c].loglik > r[best].loglik) best = c;
-        if (norm > top) {
-            top = norm;
-            best_norm = c;
-        }
+        if (r[c].loglik > top) top = r[c].loglik, best = c;
+        if (norm > top_norm) top_norm = norm, best_norm = c;
     }
     value[0] = (double)best == gold_of(t, r->item);
     if (t->kind->width > 1) value[1] = (double)best_norm == gold_of(t, r->item);
@@ -3933,7 +3931,8 @@ static void store_record(Store *st, char *line, const char *path, int64_t number
             (value < 0 || value > 65535 || value != floor(value))) {
             die("%s: %s: \"%s\" is no label", path, place, field[4 + i]);
         }
-        if (e->state[task][item] != MISSING && kept[i] != value) {
+        bool same = kept[i] == value || (isnan(kept[i]) && isnan(value));
+        if (e->state[task][item] != MISSING && !same) {
             die("%s: %s: another result of item %lld of %s under %s than before; the files do not "
                 "belong together", path, place, (long long)item, t->name, e->key);
         }
@@ -4254,7 +4253,7 @@ static void keep_item(Evaluation *e, int i, const Request *r, int64_t n, const d
     fprintf(e->log, "%s\t%s\t%lld\t%d", t->name, entry->key, (long long)r->item, t->cut[r->item]);
     for (int k = 0; k < width; k++) fprintf(e->log, "\t%.9g", value[k]);
     fputc('\t', e->log);
-    for (int64_t k = 0; k < n && t->kind->output == SCORES; k++) {
+    for (int64_t k = 0; k < n && t->kind->output == SCORES && !t->kind->adds; k++) {
         fprintf(e->log, "%s%.12g", k ? " " : "", r[k].loglik);
     }
     if (t->kind->output != SCORES) write_escaped(e->log, &r->text);
@@ -4401,6 +4400,7 @@ static void generate(Evaluation *e, int i, int64_t from, int64_t to, bool admit)
             voices[n++] = (Voice){from++, 0, s->batch.n_rows - 1, sequence, -1};
         }
         if (!n) break;
+        stop_if_interrupted(e);
         embed(s);
         run_to(e, e->tree.node[i]);
     }
@@ -4467,6 +4467,7 @@ static void walk(Evaluation *e, int at) {
         const Node *node = &e->tree.nodes[at];
         bool spoils = e->t->kind->output == GENERATES && node->ends >= 0 && !e->prefilling;
         int left = 0, last = -1;
+        stop_if_interrupted(e);
         for (int c = node->child; c >= 0; c = e->tree.nodes[c].sibling) {
             if (!e->tree.nodes[c].active) continue;
             left++;
@@ -5364,7 +5365,7 @@ static void report_figures(const char *where, const Row *rows, int64_t n) {
     release(all);
 }
 // ------------------------------------------------------------------------------------------------
-// 10. Runs: --eval, --probe, --sweep, --report, --cosine
+// 11. Runs: --eval, --probe, --sweep, --report, --cosine
 // ------------------------------------------------------------------------------------------------
 
 // What a run is asked for; the command line fills it in.
@@ -5825,7 +5826,7 @@ static void cosine(Session *s, const Wanted *w, const Schedule *schedule, const 
 }
 
 // ------------------------------------------------------------------------------------------------
-// 11. The command line
+// 12. The command line
 // ------------------------------------------------------------------------------------------------
 
 static void print_info(const Model *m) {

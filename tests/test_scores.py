@@ -70,9 +70,11 @@ def evaluate(model, tasks, *flags):
         for line in sorted(f.read().split("\n")[1:-1], key=lambda line: int(line.split("\t")[2])):
             words = line.split("\t")
             last = test_tasks.unescape(words[-1])
-            scores = last.split(" ") if words[0] != "gsm8k" else [last]
-            answers.setdefault(words[0], []).append(
-                [last] if words[0] == "gsm8k" else [float(word) for word in scores])
+            if words[0] == "gsm8k":
+                scores = [last]
+            else:       # of running text, whose items may be spread over batches, the sum
+                scores = [float(w) for w in (words[4:5] if words[0] == "text" else last.split(" "))]
+            answers.setdefault(words[0], []).append(scores)
     return figures, answers
 
 

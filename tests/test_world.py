@@ -1,5 +1,6 @@
 """The small world: the same seed gives the same bytes, and nothing held out is ever trained on."""
 import hashlib
+import importlib.util
 import os
 import random
 import sys
@@ -107,6 +108,21 @@ class World(unittest.TestCase):
                 left, right = step.split(" = ")
                 self.assertEqual(eval(left, {}), int(right), step)
             self.assertEqual(steps.rstrip(".").rsplit(" = ", 1)[1], last)
+
+
+NEEDED = ("sentencepiece", "torch", "transformers")
+
+
+@unittest.skipUnless(all(map(importlib.util.find_spec, NEEDED)), "needs " + ", ".join(NEEDED))
+class Train(unittest.TestCase):
+    def test_same_data_and_tokenizers(self):
+        """`train.py data` twice: the same files to the byte."""
+        import train
+        with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
+            first, second = train.make_data(one), train.make_data(two)
+            self.assertIn("tokenizer.model", os.listdir(first))
+            for name in sorted(os.listdir(first)):
+                self.assertEqual(fold(os.path.join(first, name)), fold(os.path.join(second, name)))
 
 
 if __name__ == "__main__":
