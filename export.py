@@ -74,7 +74,7 @@ def parse_json(data, path, place):
         return dict(pairs)
 
     def integer(digits):
-        if len(digits) > 20:
+        if len(digits) > 1000:          # tokenizer_config.json has one of 31
             raise ValueError("a number of %d digits" % len(digits))
         return int(digits)
 
@@ -1211,7 +1211,9 @@ def read_json_tokenizer(path):
     whole = read_json(path, TOKENIZER_FILE)
     model = section(whole, "model", path)
     vocabulary, added = section(model, "vocab", path), {}
-    texts = {i: text for text, i in vocabulary.items() if type(i) is int}
+    if not all(type(i) is int for i in vocabulary.values()):
+        refuse(path, "vocab", "an id that is not a whole number", "fetch the file again")
+    texts = {i: text for text, i in vocabulary.items()}
     for token in section(whole, "added_tokens", path, list):
         if not isinstance(token, dict) or type(token.get("id")) is not int \
                 or not isinstance(token.get("content"), str):
@@ -1250,7 +1252,7 @@ def read_llama_json(path):
                                         "eos_token": "</s>"}), {}
     unknown = model.get("unk_token") or names["unk_token"]
     for i, text in enumerate(texts):
-        kinds[i] = UNKNOWN if text == str(unknown).encode() else BYTE if text in BYTE_TOKENS \
+        kinds[i] = UNKNOWN if text.decode() == unknown else BYTE if text in BYTE_TOKENS \
             else CONTROL if i in added else NORMAL
         if i in added and added[i].get("special") is not True:
             refuse(path, "added_tokens", "%s is not special" % texts[i].decode(),
@@ -1309,14 +1311,14 @@ def special_names(path, defaults):
         for key, value in beside(path, file).items():
             value = value.get("content") if isinstance(value, dict) else value
             if key.endswith("_token") and isinstance(value, str):
-                names[key] = value
+                names[key] = value.encode("utf-8", "replace").decode()
     return names
 
 
 def special_ids(names, texts, *keys):
     """The ids of the special tokens called names[key], -1 where there is none."""
     ids = {text: i for i, text in enumerate(texts)}
-    return [ids.get(names.get(key, "").encode("utf-8", "replace"), -1) for key in keys]
+    return [ids.get(names.get(key, "").encode(), -1) for key in keys]
 
 
 def read_vocab(path):
@@ -1328,13 +1330,17 @@ def read_vocab(path):
         refuse(path, "byte %d" % error.start, "not UTF-8", "fetch the file again")
     texts = [text.encode() for text in (texts if texts[-1] else texts[:-1])]
     config, names = beside(path, "tokenizer_config.json"), special_names(path, BERT_NAMES)
+    if config.get("do_lower_case") is None and any(re.fullmatch(b"[A-Z][a-z]+", text)
+                                                   for text in texts):
+        note("%s: the vocabulary looks cased, but no tokenizer_config.json beside it says"
+             ' "do_lower_case": false; read as uncased' % path)
     demand(config, "tokenizer_config.json", path, do_basic_tokenize=(None, True),
            never_split=(None, []), do_lower_case=(None, True, False))
     ids = {text: i for i, text in enumerate(texts)}     # the last of equal lines counts
     added = {ids[name.encode()]: {"content": name, "special": True}
              for key, name in names.items() if key in BERT_NAMES and name.encode() in ids}
     for i, token in section(config, "added_tokens_decoder", path).items():
-        if not i.isdecimal() or not isinstance(token, dict) or int(i) >= len(texts) \
+        if not re.fullmatch("[0-9]{1,9}", i) or not isinstance(token, dict) or int(i) >= len(texts) \
                 or texts[int(i)] != str(token.get("content")).encode("utf-8", "replace"):
             refuse(path, "tokenizer_config.json", "added token %s is not in the vocabulary" % i,
                    "give tokenizer.json")
@@ -1358,7 +1364,7 @@ def read_bert_json(path):
            handle_chinese_chars=(True, False), lowercase=(True, False))
     demand(section(whole, "pre_tokenizer", path), "pre_tokenizer", path, type=("BertPreTokenizer",))
     config, names = beside(path, "tokenizer_config.json"), special_names(path, BERT_NAMES)
-    names["unk_token"] = str(model.get("unk_token"))
+    names["unk_token"] = one_line(model.get("unk_token"))
     for ours, theirs in (("lowercase", "do_lower_case"), ("strip_accents", "strip_accents"),
                          ("handle_chinese_chars", "tokenize_chinese_chars")):
         if config.get(theirs, cleaning.get(ours)) not in (None, cleaning.get(ours)):

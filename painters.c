@@ -4465,6 +4465,7 @@ static void walk(Evaluation *e, int at) {
     size_t bytes = (size_t)(s->batch.n_rows * s->model->dim) * sizeof *s->x;
     for (;;) {
         const Node *node = &e->tree.nodes[at];
+        // Generation works in s->x, which children and other schedules that end here still need.
         bool spoils = e->t->kind->output == GENERATES && node->ends >= 0 && !e->prefilling;
         int left = 0, last = -1;
         stop_if_interrupted(e);
@@ -4474,7 +4475,7 @@ static void walk(Evaluation *e, int at) {
             if (last < 0 || c == node->heavy) last = c;
         }
         float *saved = NULL;
-        if (left > 1 || (left && spoils)) {
+        if (left > 1 || (spoils && (left || e->tree.next[node->ends] >= 0))) {
             saved = allocate(s->batch.n_rows * s->model->dim, sizeof *saved, "states at a fork");
             memcpy(saved, s->x, bytes);
         }

@@ -215,6 +215,7 @@ def run(made, model, limit=None):
     """Evaluates a built task: ({metric: (value, standard error)}, [per document: log-likelihoods, or
     the generated text])."""
     quiet = io.StringIO()
+    made.set_fewshot_seed(1234)     # evaluate() builds the requests once more
     with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
         results = evaluate(lm=model, task_dict={made.config.task: made}, limit=limit,
                            bootstrap_iters=100000, log_samples=True)

@@ -271,7 +271,8 @@ def stories():
     import harness
     checkpoint, tokenizer = (common.shared("data", "stories260K", file)
                              for file in ("checkpoint_legacy.bin", "tokenizer.bin"))
-    path = common.export(checkpoint, "--tokenizer", tokenizer)
+    path = common.export(checkpoint, "--tokenizer", tokenizer,
+                         out=os.path.join(common.scratch(), "stories260K.bin"))
     return (path, *harness.stories(checkpoint, tokenizer, common.scratch()))
 
 
@@ -286,7 +287,9 @@ def harness_scores(model, tokenizer, flags, made, limit=None):
 
 
 def part_llama():
-    """The shared official items: log-likelihoods within 1e-3, metrics and errors as printed."""
+    """The shared official items: log-likelihoods within 1e-3, metrics and errors as printed. The
+    harness refuses continuations longer than the context, which HellaSwag's are in a model of 125
+    tokens that spells every letter."""
     import harness
     for path, model, tokenizer, limit, runs in (
             (*stories(), None, [[]]), (*stories(), 40, [["--bos"], ["--parallel", "0"]]),
@@ -294,6 +297,8 @@ def part_llama():
         for name in ("arc_challenge", "hellaswag", "winogrande", "lambada_openai"):
             made = harness.task(name, shared(SHARED[name]))
             task = test_tasks.task_file(name, shared(SHARED[name]))
+            if name == "hellaswag" and model.config.max_position_embeddings < 200:
+                continue
             for flags in runs:
                 right = harness_scores(model, tokenizer, flags, made, limit)
                 more = ["--limit", str(limit)] if limit else []
@@ -461,17 +466,15 @@ def part_bert():
             f.write(b"\n".join(lines) + b"\n")
         path = test_tasks.task_file(task, part)
         name = "bert_one" if task == "stsb" else "bert_two"
-        for flags in ([], ["--loop", "0"]):
-            right = bert_scores(name, [], path) if not flags else None
-            figures, answers = test_scores.evaluate(common.model(name), [path], *flags)
-            if right is None:
-                continue
-            fault = test_scores.compare(task, figures[task], answers[task], right)
-            require(fault is None, str(fault))
-            print("bert: %s: %d items, class scores within %.1e; %s" % (
-                task, len(answers[task]), max(abs(x - y) for a, b in zip(answers[task], right["answers"])
-                                              for x, y in zip(a, b)),
-                ", ".join("%s %.4f" % (m, f[0]) for m, f in figures[task].items())))
+        flags = ["--reverse", "0"] if task == "rte" else []
+        right = bert_scores(name, flags, path)
+        figures, answers = test_scores.evaluate(common.model(name), [path], *flags)
+        fault = test_scores.compare(task, figures[task], answers[task], right)
+        require(fault is None, str(fault))
+        worst = max(abs(x - y) for a, b in zip(answers[task], right["answers"]) for x, y in zip(a, b))
+        print("bert: %s %s: %d items, class scores within %.1e; %s" % (
+            task, " ".join(flags), len(answers[task]), worst,
+            ", ".join("%s %.4f" % (m, f[0]) for m, f in figures[task].items())))
     for name, task, flags in (("bert_two", "rte", []), ("bert_two", "qqp", ["--reverse", "0"]),
                               ("bert_three", "mnli", ["--parallel", "0"]), ("bert_one", "stsb", [])):
         compare_probe(name, task, flags)

@@ -33,6 +33,9 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 CLEANING = {"uncased": (True, None, True), "cased": (False, None, True),    # lower, strip, CJK
             "lower-cased with accents": (True, False, True),
             "cased without accents, CJK in words": (False, True, False)}
+EDGES = [0x3400, 0x4DB5, 0x4E00, 0x9FD5, 0xF900, 0xFAD9, 0x20000, 0x2A6D6, 0x2A700, 0x2B734, 0x2B740,
+         0x2B81D, 0x2B820, 0x2B91F, 0x2B920, 0x2CEA1, 0x2F800, 0x2FA1D, 0x3007, 0x3105, 0xAC00, 0xD7A3]
+EDGES = ["a%sb" % chr(code) for code in EDGES]      # of what is taken for CJK
 CATEGORY_CHANGES = ["a\u166db", "a\u1734b", "a\u1885b\u1886", "a\ua9bdb", "a\U000111c9b",
                     "a\u034f\u302e\U0001D16D\u302e", "\u302e\u0301\U0001D165\ua953"]
 
@@ -84,7 +87,7 @@ def foreign_code_points():
 def compare(name, given, ours, theirs):
     """Prints how many texts differ, and the first few; returns that number."""
     wrong = [i for i in range(len(given)) if list(ours[i]) != list(theirs[i])]
-    print("%-52s %7d texts %9d tokens %d different" % (
+    print("%-52s %7d texts %9d tokens or bytes %d different" % (
         name, len(given), sum(map(len, theirs)), len(wrong)), flush=True)
     for i in wrong[:3]:
         print("  %r\n    ours   %.400s\n    theirs %.400s" % (given[i], ours[i], theirs[i]))
@@ -246,7 +249,7 @@ def write_goldens():
     foreign = foreign_code_points()
     given = ["".join(c for c in data.decode() if ord(c) not in foreign)
              for data in texts(12, 900, WORDS) if len(data) < 90][:160]
-    given += CATEGORY_CHANGES
+    given += CATEGORY_CHANGES + EDGES
     seen = []
     for settings in CLEANING.values():
         lower, strip, cjk = settings

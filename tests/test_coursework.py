@@ -16,7 +16,7 @@ ROW = '    {"rotate", MIDDLE, NULL, 0, 0, -1, build_rotate, "run the first middl
 
 class Exercises(unittest.TestCase):
     def test_schedule_by_hand(self):
-        self.assertEqual(common.run("--layers", 12, "--path", "0-4 (5-6)*2 7-11", "--show"),
+        self.assertEqual(common.run("--layers", 12, "--path", "0-4 (5-7)*2 8-11", "--show"),
                          common.run("--layers", 12, "--loop", 4, "--times", 2, "--show"))
 
     def test_an_intervention_in_ten_lines(self):

@@ -73,7 +73,7 @@ def evaluate(model, tasks, *flags):
             if words[0] == "gsm8k":
                 scores = [last]
             else:       # of running text, whose items may be spread over batches, the sum
-                scores = [float(w) for w in (words[4:5] if words[0] == "text" else last.split(" "))]
+                scores = [float(w) for w in (words[4:5] if words[0] == "text" else last.split())]
             answers.setdefault(words[0], []).append(scores)
     return figures, answers
 

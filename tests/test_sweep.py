@@ -64,8 +64,8 @@ def own_flags(key):
 
 
 def lines(path):
-    with open(path, encoding="utf-8") as f:
-        return [line for line in f.read().splitlines() if not line.startswith("#")]
+    with open(path, encoding="utf-8", newline="\n") as f:
+        return [line for line in f.read().split("\n") if line and line[0] != "#"]
 
 
 class Sweep(unittest.TestCase):

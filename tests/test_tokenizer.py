@@ -271,6 +271,8 @@ class Refusals(unittest.TestCase):
     def test_broken_protobuf(self):
         """A cut or damaged file is refused, or it still says something that can be used."""
         whole = protobuf(with_bytes({"a": -1, "b": -2, "ab": -3}))
+        for cut in 1, 2, 3:
+            self.refused(save(whole[:-cut], "tokenizer.model"), "llama", "broken field")
         rng, refused = random.Random(1), 0
         damaged = [whole[:cut] for cut in range(0, len(whole), 37)]
         for _ in range(300):
@@ -339,6 +341,33 @@ class Refusals(unittest.TestCase):
             f.write('{"do_lower_case": false}')
         self.refused(path, "bert", "lowercase is True", "False")
 
+    def test_odd_json(self):
+        """Whatever stands in place of a value, the file is refused by name, or read."""
+        odd = [None, True, -1, 0, 1 << 70, 1.5, 1e300, "", "x", "\ud800", [], {}, [[]], {"a": {}}, ["a"],
+               {"content": "\ud800"}, {"type": "Sequence", "normalizers": [1]}]
+        pieces = with_bytes({"a": 0, "b": -1, "ab": -2})
+        lines = "[PAD] [UNK] [CLS] [SEP] [MASK] a ##b".split()
+        config = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True,
+                  "unk_token": "[UNK]", "mask_token": {"content": "[MASK]"}, "never_split": None,
+                  "added_tokens_decoder": {"4": {"content": "[MASK]", "special": True}}}
+        sources = [("llama", "tokenizer.json", tokenizing.tokenizer_json(pieces)),
+                   ("bert", "tokenizer.json", bert_json(lines, True)),
+                   ("bert", "tokenizer_config.json", config)]
+        rng, refused = random.Random(2), 0
+        for arch, name, whole in sources:
+            for _ in range(250):
+                path = save(json.dumps(changed(rng, whole, rng.choice(odd))), name)
+                if name != "tokenizer.json":
+                    path = os.path.join(os.path.dirname(path), "vocab.txt")
+                    with open(path, "w") as f:
+                        f.write("\n".join(lines))
+                try:
+                    read(path, arch)
+                except tokenizing.export.ExportError as error:
+                    refused += 1
+                    self.assertTrue(str(error).startswith(os.path.dirname(path)), error)
+        self.assertGreater(refused, 200)
+
     def test_llama2c(self):
         pieces = with_bytes({SPACE: -1, "a": -2})
         data = struct.pack("<i", 7) + b"".join(struct.pack("<fi", score, len(text.encode()))
@@ -374,6 +403,19 @@ class Refusals(unittest.TestCase):
                 except AssertionError as error:
                     self.assertRegex(str(error), r"^tokenize: status 1: painters: [^\n]*section: "
                                      r"tokenizer[^\n]*; [^\n]*\n$")
+
+
+def changed(rng, value, odd):
+    """A copy of a JSON value with one random part of it replaced."""
+    if not value or not isinstance(value, (dict, list)) or rng.random() < 0.1:
+        return odd
+    if isinstance(value, list):
+        i = rng.randrange(len(value))
+        return value[:i] + [changed(rng, value[i], odd)] + value[i + 1:]
+    key = rng.choice(sorted(value))
+    if rng.random() < 0.1:
+        return {(odd if isinstance(odd, str) and k == key else k): v for k, v in value.items()}
+    return dict(value, **{key: changed(rng, value[key], odd)})
 
 
 # Used above ---------------------------------------------------------------------------------------

@@ -84,10 +84,11 @@ def make_data(out):
     # The delimiter keeps words and numbers apart from the punctuation that follows them.
     parts = ("\x01".join(re.findall(r" ?\w+| ?#+| ?[^\w\s]|\s", next(documents)))
              for _ in range(20000))
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=parts, model_prefix=os.path.join(data, "tokenizer"), model_type="bpe",
-        pretokenization_delimiter="\x01", vocab_size=1024, byte_fallback=True, num_threads=1,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)
+    with open(os.path.join(data, "tokenizer.model"), "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=parts, model_writer=file, pretokenization_delimiter="\x01",
+            model_type="bpe", vocab_size=1024, byte_fallback=True, num_threads=1, minloglevel=2,
+            normalization_rule_name="identity", remove_extra_whitespaces=False)
     words = collections.Counter(w for _ in range(20000) for text in next(pairs)[1:]
                                 for w in split_words(text))
     letters = [chr(c) for c in range(33, 127) if not chr(c).isupper()]
@@ -383,7 +384,7 @@ def train_bert(out, steps):
         save(model, os.path.join(out, "bert"), vocabulary)
         for name in world.BERT:
             probe(model, tokenizer, data, name)
-    fit(model, bert_batches(tokenizer, 64), steps, 1e-3, bert_loss, 300,
+    fit(model, bert_batches(tokenizer, 64), steps, 2e-3, bert_loss, 200,
         os.path.join(out, "bert.state"), check)
     check(model)
 

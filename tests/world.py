@@ -77,6 +77,15 @@ NEEDS = {                      # how somebody is: what that person does next
 ORDERS = {"taller": ("tallest", "shortest"), "older": ("oldest", "youngest"),
           "faster": ("fastest", "slowest"), "richer": ("richest", "poorest")}
 
+RECALL = (                     # facts about pairs, said forwards and backwards
+    (NAMES, OBJECTS, "{} has the {}.", "The {1} is with {0}."),
+    (NAMES, PLACES, "{} is in the {}.", "In the {1} is {0}."),
+    (OBJECTS, PLACES, "The {} is in the {}.", "In the {1} is the {0}."),
+    (OBJECTS, COLOURS, "The {} is {}.", "The {1} thing is the {0}."),
+    (OBJECTS, MATERIALS, "The {} is made of {}.", "There is {1} in the {0}."),
+    (LAND, NAMES, "The {} is with {}.", "{1} has the {0}."),
+)
+
 Item = collections.namedtuple("Item", "key text good bad")   # bad: the wrong choices, if any
 
 
@@ -337,6 +346,16 @@ def fact(r):
                      f"{min(n, 6)} * {min(m, 6)} = {min(n, 6) * min(m, 6)}."))
 
 
+def recall(r):
+    """Some facts, and the same again in another order: practice in looking back."""
+    left, right, say, back = r.choice(RECALL)
+    count = r.choice((2, 3, 4))
+    pairs = list(zip(r.sample(left, count), r.sample(right, count)))
+    facts = [say.format(*pair) for pair in pairs]
+    r.shuffle(pairs)
+    return " ".join(facts + [r.choice((say, back)).format(*pair) for pair in pairs])
+
+
 def story(r):
     """A day of two people, the general text."""
     who, friend = couple(r)
@@ -380,10 +399,10 @@ def draw(r, maker, held):
 
 
 def llama_document(r):
-    """One training document: mostly a task form, else knowledge or a story."""
-    maker = r.choices((science, ending, pronoun, last_word, sums, fact, story),
-                      (20, 14, 16, 16, 18, 6, 8))[0]
-    if maker in (fact, story):
+    """One training document: mostly a task form, else practice, knowledge or a story."""
+    maker = r.choices((science, ending, pronoun, last_word, sums, recall, fact, story),
+                      (20, 14, 16, 16, 14, 20, 6, 6))[0]
+    if maker in (recall, fact, story):
         return maker(r)
     return document(draw(r, maker, False), maker)
 
@@ -473,16 +492,22 @@ def sentiment(r):
 
 
 def paraphrase(r):
-    """Do two sentences say the same? The same event from the other side, or the roles exchanged."""
-    trade = r.choice(sorted(TRADES))
-    one, two = r.sample(NAMES, 2)
+    """Do two sentences say the same? An event from the other side; roles or a part exchanged."""
+    trade, other = r.sample(sorted(TRADES), 2)
+    one, two, three = r.sample(NAMES, 3)
     thing, place = r.choice(OBJECTS), r.choice(PLACES)
     same, form = r.random() < 0.5, r.randrange(2)
     first = TRADES[trade][form].format(one, two, thing, place)
+    key = ("same", trade, one, two, place if trade == "before" else thing)
     if not same:
-        one, two = two, one
+        change = r.choice(("roles", "roles", "name", "event"))
+        if change == "roles":
+            one, two = two, one
+        elif change == "name":
+            one = three
+        else:
+            trade = other
     second = TRADES[trade][1 - form].format(one, two, thing, place)
-    key = ("same", trade, *sorted((one, two)), place if trade == "before" else thing)
     return Item(key, (capital(first) + ".", capital(second) + "."),
                 int(same), [])
 
@@ -497,7 +522,8 @@ def entail(r):
         facts = [f"{one} has the {thing}.", f"{one} is in the {spots[0]}.",
                  f"{two} is in the {spots[1]}."]
         r.shuffle(facts)
-        text, claim = " ".join(facts), f"The {thing} is in the {spots[not follows]}."
+        where = spots[0] if follows else r.choice((spots[1], spots[1], *PLACES))
+        text, claim, follows = " ".join(facts), f"The {thing} is in the {where}.", where == spots[0]
         key = (one, thing, spots[0])
     elif form == "material":
         does = r.choice(sorted(PROPERTIES))
@@ -511,8 +537,12 @@ def entail(r):
         more = r.choice(sorted(ORDERS))
         facts = [f"{one} is {more} than {two}.", f"{two} is {more} than {three}."]
         r.shuffle(facts)
-        text, ends = " ".join(facts), (one, three) if follows else (three, one)
-        claim, key = f"{ends[0]} is {more} than {ends[1]}.", (more, one, three)
+        ends = r.choice(((one, three), (one, three), (one, two), (two, three)))
+        if not follows:
+            stranger = r.choice([name for name in NAMES if name not in (one, two, three)])
+            ends = r.choice((ends[::-1], ends[::-1], (stranger, ends[1])))
+        text, claim = " ".join(facts), f"{ends[0]} is {more} than {ends[1]}."
+        key = (more, one, three)
     return Item(("entail", form, *key), (text, claim), int(not follows), [])
 
 
@@ -568,7 +598,7 @@ def bert_pair(r):
     """(follows, first, second): BERT's pre-training pairs, a sentence and what comes after it.
 
     Beside two sentences of one story these are a fact and its consequence, an event and its
-    retelling, a review and the reviewer's verdict, a pupil's sentence and the teacher's.
+    retelling, a review and another, a pupil's sentence (right or wrong) and a happy teacher.
     """
     form = r.choices(("story", "accept", "sentiment", "paraphrase", "entail", "answers", "similar"),
                      (3, 4, 3, 3, 4, 3, 4))[0]
@@ -581,13 +611,10 @@ def bert_pair(r):
         return int(follows), one[cut - 1].rstrip(".") + ".", after.rstrip(".") + "."
     item = draw(r, BERT[form][0], False)
     if form == "accept":
-        verdict = "right" if item.good == follows else "wrong"
-        return int(follows), item.text[0], f"The teacher said that this is {verdict}."
+        return item.good, *item.text, r.choice(("The teacher was happy.", "The teacher liked it."))
     if form == "sentiment":
-        name, likes = r.choice(NAMES), item.good == follows
-        verdict = r.choice((f"{name} {'liked' if likes else 'hated'} it.",
-                            f"{name} was {'happy' if likes else 'sad'}."))
-        return int(follows), item.text[0], verdict
+        words = LIKED if item.good == follows else HATED
+        return int(follows), item.text[0], f"{r.choice(NAMES)} said it was {r.choice(words)}."
     if form == "similar":
         follows = item.good >= 4 if item.good != 3 else False
         return int(follows), *item.text
