@@ -45,17 +45,18 @@ BERT_TASKS = accept sentiment paraphrase entail answers similar
 METHODS = skip,repeat,reverse,random:$(1),parallel,loop:$(2)
 
 demo: painters
-	mkdir -p demo
-	for flags in "" "--drop 5" "--repeat 3" "--loop 3 --times 3"; do \
-		echo "--- baseline $$flags"; \
-		./painters $(SMALL)/llama.bin --prompt "Tom took the" --tokens 40 --quiet $$flags; done
+	@mkdir -p demo
+	@for flags in "" "--drop 5" "--repeat 3" "--skip 2" "--loop 3 --times 3"; do \
+		echo "--- painters llama.bin --prompt ... $$flags"; \
+		./painters $(SMALL)/llama.bin --tokens 24 --quiet $$flags --prompt \
+		"Question: Rosa has 4 bags with 4 pears in each bag. She loses 3. How many pears does Rosa have now? Answer:"; \
+		done
 	./painters $(SMALL)/llama.bin --eval $(SMALL)/science.tsv $(SMALL)/lastword.tsv $(SMALL)/sums.tsv \
-		--limit 40 --sweep $(call METHODS,2,3) --svg demo/llama
-	./painters $(SMALL)/llama.bin --cosine $(SMALL)/lastword.tsv --limit 50 --svg demo/cosine.svg
+		--limit 25 --sweep $(call METHODS,2,3) --svg demo/llama
+	./painters $(SMALL)/llama.bin --cosine $(SMALL)/lastword.tsv --limit 25 --svg demo/cosine.svg
 	./painters $(SMALL)/bert.bin --prompt "the [MASK] is in the garden ." --quiet
-	for task in sentiment entail; do ./painters $(SMALL)/bert.bin --eval $(SMALL)/$$task.tsv \
-		--probe $(SMALL)/$${task}_train.tsv --limit 200 --sweep skip,reverse,parallel \
-		--svg demo/bert-$$task || exit 1; done
+	./painters $(SMALL)/bert.bin --eval $(SMALL)/answers.tsv --probe $(SMALL)/answers_train.tsv \
+		--limit 100 --skip 3 --threads 1
 
 # Every step goes on from where it was stopped.
 paper: painters

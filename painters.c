@@ -1010,7 +1010,7 @@ static float dot(const float *a, const float *b, int64_t n) {
 
 // y[n][w->rows] = x[n][w->cols] . W^T (+ bias[w->rows] unless NULL).
 static void plain_matmul(float *y, const float *x, const Tensor *w, const float *bias, int64_t n) {
-    #pragma omp parallel for if (n * w->rows * w->cols > 1 << 18)
+    #pragma omp parallel for if (n * w->rows * w->cols > 1 << 21)
     for (int64_t row = 0; row < w->rows; row++) {
         float *wide = scratch(0, w->cols);
         widen(wide, w, row);
@@ -1076,7 +1076,10 @@ static void plain_gelu(float *x, int64_t n) {
 
 // The fast paths. 3b is written once, for vectors of LANES floats, and compiled once a path by this
 // file including itself.
-#ifdef __x86_64__
+// gcc for Windows cannot align 32-byte vectors on the stack (its bug 54412).
+#if defined __x86_64__ && (!defined _WIN32 || defined __clang__)
+#define HAVE_AVX2
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 #define ON_PATH__(name, path) name##_##path
@@ -1099,7 +1102,7 @@ enum { WIDE = 16, DEPTH = 256 };        // a panel of W: outputs side by side, c
 #undef LANES
 #undef ROWS
 
-#ifdef __x86_64__
+#ifdef HAVE_AVX2
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
@@ -1109,21 +1112,6 @@ enum { WIDE = 16, DEPTH = 256 };        // a panel of W: outputs side by side, c
 #define PATH avx2
 #define LANES 8
 #define ROWS 6
-#include "painters.c"
-#undef PATH
-#undef LANES
-#undef ROWS
-#ifdef __clang__
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx2,fma,f16c")
-#endif
-#define PATH avx512
-#define LANES 16
-#define ROWS 12
 #include "painters.c"
 #undef PATH
 #undef LANES
@@ -1150,6 +1138,7 @@ enum { WIDE = 16, DEPTH = 256 };        // a panel of W: outputs side by side, c
 
 #define vec ON_PATH(vec)
 #define ivec ON_PATH(ivec)
+#define uvec ON_PATH(uvec)
 #define loose_vec ON_PATH(loose_vec)
 #define pick ON_PATH(pick)
 #define load ON_PATH(load)
@@ -1162,11 +1151,13 @@ enum { WIDE = 16, DEPTH = 256 };        // a panel of W: outputs side by side, c
 #define tile ON_PATH(tile)
 #define tile_of ON_PATH(tile_of)
 #define exp_of ON_PATH(exp_of)
+#define weigh ON_PATH(weigh)
 #undef VECS
 #define VECS (WIDE / LANES)
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
 typedef float loose_vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 INLINE vec pick(ivec mask, vec yes, vec no) {
@@ -1191,14 +1182,10 @@ INLINE void store_some(float *p, vec v, int64_t n) {
 // LANES neighbouring weights as float32 (8-bit ones without their scale).
 INLINE vec load_weights(const void *p, const int type) {
     if (type == F32) return load(p);
-#if defined __x86_64__ && LANES == 8
+#if defined HAVE_AVX2 && LANES == 8
     if (type == Q8) return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p)));
     if (type == F16) return (vec)_mm256_cvtph_ps(_mm_loadu_si128(p));
     return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p)), 16);
-#elif defined __x86_64__ && LANES == 16
-    if (type == Q8) return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p)));
-    if (type == F16) return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(p));
-    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p)), 16);
 #else
     vec v = {0};
     for (int i = 0; i < LANES; i++) {
@@ -1212,7 +1199,7 @@ INLINE vec load_weights(const void *p, const int type) {
 
 // A square of LANES x LANES: rows become columns.
 INLINE void transpose(vec r[LANES]) {
-#if defined __x86_64__ && LANES == 8
+#if defined HAVE_AVX2 && LANES == 8
     vec t[8];
     UNROLL for (int i = 0; i < 8; i += 4) {     // squares of 4 x 4 inside each half
         for (int j = 0; j < 2; j++) {
@@ -1299,17 +1286,21 @@ INLINE void tile_of(const int rows, float *c, int64_t ldc, const float *a, int64
     }
 }
 
-// The same for any number of rows.
+// The same for any number of rows, spread evenly over tiles.
 static void tile(int64_t rows, float *c, int64_t ldc, const float *a, int64_t lda, const float *b,
-                 int64_t ldb, int64_t depth, int64_t n) {
-    for (; rows >= ROWS; rows -= ROWS, c += ROWS * ldc, a += ROWS * lda) {
-        tile_of(ROWS, c, ldc, a, lda, b, ldb, depth, n);
+                 int64_t ldb, int64_t depth, int64_t outputs) {
+    for (int64_t left = (rows + ROWS - 1) / ROWS, n; left > 0; left--) {
+        n = (rows + left - 1) / left;
+        switch (n) {
+#define TILE(n) case n: tile_of(n, c, ldc, a, lda, b, ldb, depth, outputs); break
+            TILE(1); TILE(2);
+#if ROWS > 2
+            TILE(3); TILE(4); TILE(5); TILE(6);
+#endif
+#undef TILE
+        }
+        c += n * ldc, a += n * lda, rows -= n;
     }
-    if (rows >= ROWS / 2) {
-        tile_of(ROWS / 2, c, ldc, a, lda, b, ldb, depth, n);
-        rows -= ROWS / 2, c += ROWS / 2 * ldc, a += ROWS / 2 * lda;
-    }
-    for (; rows > 0; rows--, c += ldc, a += lda) tile_of(1, c, ldc, a, lda, b, ldb, depth, n);
 }
 
 static void ON_PATH(matmul)(float *y, const float *x, const Tensor *w, const float *bias,
@@ -1318,7 +1309,7 @@ static void ON_PATH(matmul)(float *y, const float *x, const Tensor *w, const flo
     int64_t cols = w->cols, blocks = (cols + DEPTH - 1) / DEPTH;
     bool many = n >= ROWS;                  // then x is copied, block by block of its columns
     float *copy = many ? scratch(0, blocks * n * STRIDE) : NULL;
-    #pragma omp parallel if (n * w->rows * cols > 1 << 18)
+    #pragma omp parallel if (n * w->rows * cols > 1 << 21)
     {
         if (many) {
             #pragma omp for
@@ -1356,7 +1347,7 @@ INLINE vec exp_of(vec x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1;
-    p = (vec)((ivec)p + (ivec)((ivec)t << 23));
+    p = (vec)((uvec)p + ((uvec)t << 23));
     p = pick(x < -87.3365f, (vec){0}, p);
     p = pick(x > 88.7228f, INFINITY - (vec){0}, p);
     return pick(x == x, p, x);
@@ -1380,6 +1371,21 @@ static void ON_PATH(gelu)(float *x, int64_t n) {
         for (int j = 1; j < 10; j++) p = p * t + c[j];
         vec half = 0.5f * t * exp_of(p - z * z);
         store_some(x + i, v * pick(v < 0, half, 1 - half), n - i);
+    }
+}
+
+// c[rows][stride] += p[rows][from .. to] . V[from .. to][stride]; positions count through the spans.
+static void weigh(float *c, int64_t stride, const float *p, int64_t ldp, int64_t rows,
+                  const Span *s, int64_t from, int64_t to) {
+    for (int64_t start = 0; start < to; start += s++->count) {
+        int64_t first = from > start ? from : start;
+        int64_t last = to < start + s->count ? to : start + s->count;
+        for (int64_t t = first; t < last; t += DEPTH) {     // they stay in the cache for all rows
+            for (int64_t d = 0; d < stride; d += WIDE) {
+                tile(rows, c + d, stride, p + t, ldp, s->v + (t - start) * stride + d, stride,
+                     last - t < DEPTH ? last - t : DEPTH, WIDE);
+            }
+        }
     }
 }
 
@@ -1421,15 +1427,11 @@ static void ON_PATH(attend)(float *out, const float *q, int64_t ld, int64_t n, i
             sums[i] = 0;
             for (int j = 0; j < LANES; j++) sums[i] += sum[j];
         }
-        start = 0;
-        for (const Span *s = spans; s < spans + n_spans && start < most; start += s++->count) {
-            int64_t keys = most - start < s->count ? most - start : s->count;
-            for (int64_t t = 0; t < keys; t += DEPTH) {     // values stay in the cache for all rows
-                for (int64_t d = 0; d < stride; d += WIDE) {
-                    tile(rows, c + d, stride, p + start + t, ldp, s->v + t * stride + d, stride,
-                         keys - t < DEPTH ? keys - t : DEPTH, WIDE);
-                }
-            }
+        int64_t least = causal ? past + i0 / group + 1 : most;  // what the first row sees
+        weigh(c, stride, p, ldp, rows, spans, 0, least);
+        for (int64_t i = 0; i < rows && causal; i++) {
+            weigh(c + i * stride, stride, p + i * ldp, ldp, 1, spans, least,
+                  past + (i0 + i) / group + 1);
         }
         for (int64_t i = 0; i < rows; i++) {
             float *to = out + (i0 + i) / group * ld + (i0 + i) % group * head_dim;
@@ -1447,7 +1449,7 @@ static void ON_PATH(attend)(float *out, const float *q, int64_t ld, int64_t n, i
 
 typedef struct {                // one way to compute all this; the last that the CPU has is taken
     const char *name;
-    int level;                  // of the CPU: 0 any, 1 AVX2, 2 AVX-512
+    int level;                  // of the CPU: 0 any, 1 AVX2 with FMA and F16C
     void (*matmul)(float *, const float *, const Tensor *, const float *, int64_t);
     void (*attend)(float *, const float *, int64_t, int64_t, int64_t, int64_t, const Span *,
                    int64_t, int64_t, bool);
@@ -1458,24 +1460,29 @@ typedef struct {                // one way to compute all this; the last that th
 static const Kernels kernel_table[] = {
     {"plain", 0, plain_matmul, plain_attend, plain_silu_multiply, plain_gelu},
     {"generic", 0, matmul_generic, attend_generic, silu_multiply_generic, gelu_generic},
-#ifdef __x86_64__
+#ifdef HAVE_AVX2
     {"avx2", 1, matmul_avx2, attend_avx2, silu_multiply_avx2, gelu_avx2},
-    {"avx512", 2, matmul_avx512, attend_avx512, silu_multiply_avx512, gelu_avx512},
 #endif
 };
 enum { N_KERNELS = sizeof kernel_table / sizeof *kernel_table };
 static const Kernels *kernels = &kernel_table[0];
 
+// Has this CPU what entry i of the table needs?
+static bool kernels_available(int i) {
+    int level = 0;
+#ifdef HAVE_AVX2
+    unsigned a, b, c, d;
+    __builtin_cpu_init();
+    bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+    if (f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) level = 1;
+#endif
+    return kernel_table[i].level <= level;
+}
+
 // Chooses a path by name, or the fastest one this CPU has when name is NULL.
 static void kernels_init(const char *name) {
-    int level = 0;
-#ifdef __x86_64__
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) level = 1;
-    if (level && __builtin_cpu_supports("avx512f")) level = 2;
-#endif
     for (int i = N_KERNELS - 1; i >= 0; i--) {
-        if (kernel_table[i].level > level || (name && strcmp(name, kernel_table[i].name))) continue;
+        if (!kernels_available(i) || (name && strcmp(name, kernel_table[i].name))) continue;
         kernels = &kernel_table[i];
         return;
     }
@@ -1556,7 +1563,7 @@ struct Session {                // everything a forward pass needs beside the mo
 static int64_t value_stride(const Model *m) { return (m->head_dim + 15) / 16 * 16; }
 
 // Small work is not worth waking threads for.
-static bool worth_threads(int64_t operations) { return operations > 65536; }
+static bool worth_threads(int64_t operations) { return operations > 1 << 19; }
 
 static Session *session_new(const Model *m) {
     Session *s = allocate(1, sizeof *s, "session");
@@ -4284,6 +4291,7 @@ static void keep_range(Evaluation *e, int i, int64_t from, int64_t end) {
 typedef struct {                // a text that is being generated
     int64_t request, made, row;
     int sequence, previous;
+    bool begun;                 // a token other than BOS has come
 } Voice;
 
 // Adds a token to a voice's text; true when the text has come to its end.
@@ -4293,7 +4301,8 @@ static bool voice_takes(const Evaluation *e, Voice *v, int token) {
     char *cut = NULL;
     v->made++;
     if (token == e->s->model->eos) return true;
-    decode(e->s->model->tokenizer, text->n ? token : -1, token, text);  // -1: a text begins
+    decode(e->s->model->tokenizer, v->begun ? token : -1, token, text);  // -1: a text begins
+    v->begun |= token != e->s->model->bos;
     v->previous = token;
     for (int i = 0; i < t->n_stops; i++) {      // cut at the first of the stop texts
         char *stop = strstr(text->s, t->stops[i]);
@@ -4372,7 +4381,8 @@ static void generate(Evaluation *e, int i, int64_t from, int64_t to, bool admit)
     }
     for (int64_t r = from; r < to && !admit; r++) {
         const Request *q = &e->t->requests[r];
-        voices[n++] = (Voice){r, 0, q->own_row + q->row - q->shared, q->sequence, -1};
+        voices[n++] = (Voice){r, 0, q->own_row + q->row - q->shared, q->sequence, -1,
+                              false};
     }
     for (;;) {
         if (n) n = take_tokens(e, i, voices, n, free_list, &n_free);
@@ -4397,7 +4407,7 @@ static void generate(Evaluation *e, int i, int64_t from, int64_t to, bool admit)
                 sequence = sequence_new(s, parent, rows_needed(e, r), e->n_slots);
             }
             add_rows(e, r, sequence, e->prefix, r->n);
-            voices[n++] = (Voice){from++, 0, s->batch.n_rows - 1, sequence, -1};
+            voices[n++] = (Voice){from++, 0, s->batch.n_rows - 1, sequence, -1, false};
         }
         if (!n) break;
         stop_if_interrupted(e);

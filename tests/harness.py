@@ -1,8 +1,7 @@
 """lm-evaluation-harness's own tasks and models, on official benchmark files that lie on this disk.
 
 Needs lm_eval (0.4.13 is what this was written for), datasets, torch and transformers; no network.
-Where that release differs from commit 262f879, which the paper's code pins, the commit's rule is put
-in its place and said so here.
+Where that release differs from commit 262f879, which the paper's code pins, it is said here.
 """
 import contextlib
 import io
@@ -47,7 +46,7 @@ def hub_row(name, row):
         return row
     choices = row["question"]["choices"]
     return {"id": row["id"], "question": row["question"]["stem"], "answerKey": row["answerKey"],
-            "choices": {"text": [c["text"] for c in choices], "label": [c["label"] for c in choices]}}
+            "choices": {key: [c[key] for c in choices] for key in ("text", "label")}}
 
 
 def task(name, path, fewshot=0, train=None, same=False, max_tokens=None):
@@ -163,8 +162,8 @@ def small(folder):
 
 
 def stories(checkpoint, tokenizer, folder):
-    """(transformers model, tokenizer) of llama2.c's stories260K, from its legacy .bin files; q and k
-    are put into the order that Hugging Face's rotation asks for."""
+    """(transformers model, tokenizer) of llama2.c's stories260K, from its legacy .bin files; q and
+    k are put into the order that Hugging Face's rotation asks for."""
     with open(checkpoint, "rb") as f:
         dim, hidden, layers, heads, kv, vocab, length = struct.unpack("<7i", f.read(28))
         weights = torch.frombuffer(bytearray(f.read()), dtype=torch.float32)
@@ -187,9 +186,8 @@ def stories(checkpoint, tokenizer, folder):
 
     take("embed_tokens", vocab, dim, each=False)
     take("input_layernorm", 1, dim)
-    for name, rows, columns in (("q_proj", dim, dim), ("k_proj", kv_dim, dim), ("v_proj", kv_dim, dim),
-                                ("o_proj", dim, dim)):
-        take("self_attn." + name, rows, columns)
+    for name, rows in (("q_proj", dim), ("k_proj", kv_dim), ("v_proj", kv_dim), ("o_proj", dim)):
+        take("self_attn." + name, rows, dim)
     take("post_attention_layernorm", 1, dim)
     for name, rows, columns in (("gate_proj", hidden, dim), ("down_proj", dim, hidden),
                                 ("up_proj", hidden, dim)):
@@ -212,8 +210,8 @@ def stories(checkpoint, tokenizer, folder):
 
 
 def run(made, model, limit=None):
-    """Evaluates a built task: ({metric: (value, standard error)}, [per document: log-likelihoods, or
-    the generated text])."""
+    """Evaluates a built task: ({metric: (value, standard error)}, [per document: log-likelihoods,
+    or the generated text])."""
     quiet = io.StringIO()
     made.set_fewshot_seed(1234)     # evaluate() builds the requests once more
     with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):

@@ -29,6 +29,8 @@ SHARED = {"arc_challenge": "ARC-Challenge-Test.jsonl", "arc_easy": "ARC-Challeng
           "hellaswag": "hellaswag_val.jsonl", "winogrande": "winogrande_dev.jsonl",
           "lambada_openai": "lambada_test.jsonl", "gsm8k": "gsm8k_test.jsonl"}
 TRAIN = "gsm8k_train.jsonl"
+SCIPY = {"pearson": scipy.stats.pearsonr, "spearman": scipy.stats.spearmanr}
+SKLEARN = {"matthews": sklearn.metrics.matthews_corrcoef, "f1": sklearn.metrics.f1_score}
 
 
 def shared(name):
@@ -87,7 +89,7 @@ def compare_glue_metrics():
                 rights.append(sklearn.metrics.f1_score(gold, predicted))
     for rows in random_scores(rng):
         predicted, gold = zip(*rows)
-        for name, function in (("pearson", scipy.stats.pearsonr), ("spearman", scipy.stats.spearmanr)):
+        for name, function in SCIPY.items():
             lines.append(test_metrics.metric_line("regress", name, rows))
             rights.append(float(function(predicted, gold)[0]))
     for line, right, (value, _) in zip(lines, rights, test_metrics.ask(lines)):
@@ -97,7 +99,7 @@ def compare_glue_metrics():
 
 
 def compare_harness_errors():
-    """Standard errors against the harness's own functions, its bootstrap with up to 10,000 resamples."""
+    """Standard errors against the harness's own functions, with up to 10,000 resamples."""
     from lm_eval.api import metrics
     rng, worst = random.Random(2), 0.0
     for n in (30, 200, 1000):
@@ -168,8 +170,9 @@ def part_probe():
             near(abs(theirs - ours).max(), 0, 1e-5, "ridge predictions")
             near(abs(model.predict(wide[train]) - own).max(), 0, 1e-5, "ridge predictions, train")
             scores = [scipy.stats.pearsonr(p, y[test])[0] for p in (ours, theirs)]
-            loss = [((wide[train] @ v[:-1] + v[-1] - y[train]) ** 2).sum() + strength * v[:-1] @ v[:-1]
-                    for v in (w[0], numpy.append(model.coef_, model.intercept_))]
+            fits = w[0], numpy.append(model.coef_, model.intercept_)
+            loss = [((wide[train] @ v[:-1] + v[-1] - y[train]) ** 2).sum()
+                    + strength * v[:-1] @ v[:-1] for v in fits]
         else:
             model = sklearn.linear_model.LogisticRegression(C=1 / strength, tol=1e-10, max_iter=200,
                                                             solver="newton-cholesky")
@@ -226,7 +229,8 @@ def part_prompts():
     for more in (("--fewshot", "5"), ("--fewshot", "3"), ("--fewshot", "5", "--fewshot-same")):
         cases.append(("gsm8k", shared(SHARED["gsm8k"]), ("--train", shared(TRAIN)) + more))
     for name in ("winogrande", "hellaswag"):
-        cases.append((name, shared(SHARED[name]), ("--train", shared(SHARED[name]), "--fewshot", "4")))
+        path = shared(SHARED[name])
+        cases.append((name, path, ("--train", path, "--fewshot", "4")))
     for name, path, more in cases:
         options = dict(fewshot=int(more[3]), train=more[1], same="--fewshot-same" in more) \
             if more else {}
@@ -343,7 +347,8 @@ def same_until_tie(model, tokenizer, flags, prompt, found, text):
     """Are two greedy texts equal up to a token at which the oracle's two best logits nearly tie?"""
     import reference
     ids = tokenizer.encode(prompt, "--bos" in flags)[-(model.config.max_position_embeddings - 256):]
-    new, tie = reference.Llama(model).generate(ids, schedule_of(flags, len(model.model.layers)), 256)
+    schedule = schedule_of(flags, len(model.model.layers))
+    new, tie = reference.Llama(model).generate(ids, schedule, 256)
     sure = tokenizer.decode(new[:tie])
     return tie < 256 and found.startswith(sure) and text.startswith(sure)
 
@@ -372,8 +377,9 @@ def part_text():
     for text, a, b in zip(texts, found, right):
         near(a, b, 1e-3, "rolling log-likelihood of %r" % text[:40])
     import re
-    for metric, count in zip(metrics, (lambda t: len(tokenizer.encode(t, False)),
-                                       lambda t: len(re.split(r"\s+", t)), lambda t: len(t.encode()))):
+    counts = (lambda t: len(tokenizer.encode(t, False)), lambda t: len(re.split(r"\s+", t)),
+              lambda t: len(t.encode()))
+    for metric, count in zip(metrics, counts):
         value = math.exp(-sum(right) / sum(map(count, texts)))
         near(figures["text"][metric][0] / value, 1, 1e-4, metric)
     print("text: %d texts, rolling log-likelihoods within %.1e"
@@ -425,14 +431,12 @@ def bert_figures(metrics, predicted, gold):
     n, found = len(gold), {}
     for name in metrics.split(","):
         if name in ("pearson", "spearman"):
-            function = {"pearson": scipy.stats.pearsonr, "spearman": scipy.stats.spearmanr}[name]
-            found[name] = [float(function(predicted, gold)[0]), None]
+            found[name] = [float(SCIPY[name](predicted, gold)[0]), None]
         elif name == "acc":
             p = sklearn.metrics.accuracy_score(gold, predicted)
             found[name] = [p, math.sqrt(p * (1 - p) / (n - 1))]
         else:
-            function = {"matthews": sklearn.metrics.matthews_corrcoef, "f1": sklearn.metrics.f1_score}
-            found[name] = [float(function[name](gold, predicted)), None]
+            found[name] = [float(SKLEARN[name](gold, predicted)), None]
     return found
 
 
@@ -471,17 +475,19 @@ def part_bert():
         figures, answers = test_scores.evaluate(common.model(name), [path], *flags)
         fault = test_scores.compare(task, figures[task], answers[task], right)
         require(fault is None, str(fault))
-        worst = max(abs(x - y) for a, b in zip(answers[task], right["answers"]) for x, y in zip(a, b))
+        worst = max(abs(x - y) for a, b in zip(answers[task], right["answers"])
+                    for x, y in zip(a, b))
         print("bert: %s %s: %d items, class scores within %.1e; %s" % (
             task, " ".join(flags), len(answers[task]), worst,
             ", ".join("%s %.4f" % (m, f[0]) for m, f in figures[task].items())))
     for name, task, flags in (("bert_two", "rte", []), ("bert_two", "qqp", ["--reverse", "0"]),
-                              ("bert_three", "mnli", ["--parallel", "0"]), ("bert_one", "stsb", [])):
+                              ("bert_three", "mnli", ["--parallel", "0"]),
+                              ("bert_one", "stsb", [])):
         compare_probe(name, task, flags)
 
 
 def compare_probe(name, task, flags):
-    """--probe on tests/tasks; half of the train rows are the dev set, for a score that can differ."""
+    """--probe on tests/tasks; half of the train rows are the dev set, so that scores can differ."""
     import reference
     source = test_tasks.sample_path(task + "_train.tsv")
     path = test_tasks.task_file(task, source)

@@ -71,7 +71,8 @@ def pearson(rows):
         return math.nan
     a, b = mean(xs), mean(ys)
     cov = math.fsum((x - a) * (y - b) for x, y in rows)
-    return cov / math.sqrt(math.fsum((x - a) ** 2 for x in xs) * math.fsum((y - b) ** 2 for y in ys))
+    squares = [math.fsum((v - m) ** 2 for v in values) for values, m in ((xs, a), (ys, b))]
+    return cov / math.sqrt(squares[0] * squares[1])
 
 
 def ranks(values):
@@ -110,7 +111,8 @@ def pairs(rng, n, labels):
 
 def scores(rng, n, ties):
     """Correlated numbers, some of them equal."""
-    golds = [rng.choice((0.0, 1.25, 2.5, 3.8, 5.0)) if ties else rng.uniform(0, 5) for _ in range(n)]
+    golds = [rng.choice((0.0, 1.25, 2.5, 3.8, 5.0)) if ties else rng.uniform(0, 5)
+             for _ in range(n)]
     return [(round(g + rng.gauss(0, 2), 1 if ties else 9), g) for g in golds]
 
 
@@ -262,8 +264,8 @@ class Answers(unittest.TestCase):
     def test_known_texts(self):
         gold = "She has 1,000 + 234.\n#### 1,234"
         found = self.check([(" It is 1234.\n#### 1234", gold), ("#### $1,234", gold),
-                            ("so $1,234.", gold), ("#### 1,234.", gold), ("12 34", gold), ("", gold),
-                            ("[INVALID]", "#### [Invalid]")])
+                            ("so $1,234.", gold), ("#### 1,234.", gold), ("12 34", gold),
+                            ("", gold), ("[INVALID]", "#### [Invalid]")])
         self.assertEqual([a[0] for a in found], [1, 1, 0, 1, 0, 1, 1, 1, 0, 0, 0, 0, 1, 1])
 
 
@@ -272,7 +274,8 @@ class Texts(unittest.TestCase):
     def test_white_space_words_and_code_points(self):
         rng = random.Random(9)
         spaces = [c for c in map(chr, range(1, 0x3100)) if c.isspace()]
-        others = ["a", "bc", "é", "\u2014", "\u200b", "\ufeff", "\U0001f600", "\u180e", "\u2060", "\xa1"]
+        others = ["a", "bc", "é", "\u2014", "\u200b", "\ufeff", "\U0001f600", "\u180e", "\u2060",
+                  "\xa1"]
         texts = ["", " ", "a", *spaces]
         for _ in range(500):
             texts.append("".join(rng.choice(rng.choice((spaces, others)))

@@ -55,8 +55,8 @@ def plain(text):
 
 
 def evaluate(model, tasks, *flags):
-    """painters --eval: ({task: {metric: (value, error, items, cut)}}, {task: [answers of an item]}):
-    log-likelihoods, class scores, or one generated text."""
+    """painters --eval: ({task: {metric: (value, error, items, cut)}}, {task: [answers of an
+    item]}): log-likelihoods, class scores, or one generated text."""
     log = os.path.join(common.scratch(), "log.tsv")
     out = common.run(model, "--eval", *tasks, "--log", log, "--quiet", *flags).decode()
     figures, answers = {}, {}
@@ -150,7 +150,8 @@ class SameBits(unittest.TestCase):
         for model, tasks in (("llama_gqa", LLAMA_TASKS), ("bert_two", BERT_TASKS["bert_two"])):
             right = self.log(model, tasks, "--threads", "1")
             for flags in (["--threads", "2"], ["--threads", "3", "--batch", "1"],
-                          ["--threads", "1", "--batch", "300"], ["--threads", "2", "--batch", "9999"]):
+                          ["--threads", "1", "--batch", "300"],
+                          ["--threads", "2", "--batch", "9999"]):
                 self.assertEqual(self.log(model, tasks, *flags), right, (model, flags))
 
 
@@ -179,8 +180,8 @@ GOOD = {"choice": "1\tcontext\ta\tb", "contexts": "1\ta\tone\ttwo", "lastword": 
         "generate": "prompt\tanswer", "classify": "1\tthe cat", "regress": "1.5\tthe cat"}
 BAD_HEADERS = [CHOICE.replace("#painters-task\t1", "#painters-task\t2"), "0\ta\tb",
                CHOICE.replace("choice", "choices"), CHOICE.replace("=acc", "=matthews"),
-               CHOICE.replace("\tmetrics=acc", ""), CHOICE + "\tchance=high", CHOICE + "\tcolour=red",
-               CHOICE.replace("\tname=own", "")]
+               CHOICE.replace("\tmetrics=acc", ""), CHOICE + "\tchance=high",
+               CHOICE + "\tcolour=red", CHOICE.replace("\tname=own", "")]
 
 
 class Malformed(unittest.TestCase):
@@ -215,8 +216,8 @@ class Malformed(unittest.TestCase):
 
     def test_items_longer_than_the_context_are_cut_and_counted(self):
         long = "1\t" + "many words " * 30 + "\tone\ttwo"
-        figures, answers = evaluate(common.model("llama_gqa"),
-                                    [written("\n".join([CHOICE, GOOD["choice"], long]), "long.tsv")])
+        path = written("\n".join([CHOICE, GOOD["choice"], long]), "long.tsv")
+        figures, answers = evaluate(common.model("llama_gqa"), [path])
         self.assertEqual(figures["own"]["acc"][2:], (2, 1))
         self.assertTrue(all(map(math.isfinite, answers["own"][1])))
 

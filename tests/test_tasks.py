@@ -1,5 +1,5 @@
-"""export.py task: official benchmark files become task files with the harness's prompts, and what is
-not an official file is refused by name and line.
+"""export.py task: official benchmark files become task files with the harness's prompts, and what
+is not an official file is refused by name and line.
 
 tests/tasks holds a dozen items a task in the official forms, written for this test, and what
 lm-evaluation-harness makes of them (expected.json, written by tests/oracle_eval.py --write).
@@ -24,7 +24,8 @@ TRAIN = os.path.join(SAMPLES, "gsm8k_train.jsonl")
 FEWSHOT = {"gsm8k 5": ("gsm8k", ["--fewshot", "5", "--train", TRAIN]),
            "gsm8k 5 same": ("gsm8k", ["--fewshot", "5", "--train", TRAIN, "--fewshot-same"])}
 FEWSHOT.update({name + " 2": (name, ["--fewshot", "2", "--train", os.path.join(SAMPLES, file)])
-                for name, file in (("arc_easy", "arc_train.jsonl"), ("winogrande", "winogrande.jsonl"),
+                for name, file in (("arc_easy", "arc_train.jsonl"),
+                                   ("winogrande", "winogrande.jsonl"),
                                    ("hellaswag", "hellaswag.jsonl"))})
 METRICS = {"arc_challenge": "acc_norm,acc", "arc_easy": "acc_norm,acc", "hellaswag": "acc_norm,acc",
            "winogrande": "acc", "lambada_openai": "acc,perplexity", "gsm8k": "strict,flexible"}
@@ -149,7 +150,7 @@ GLUE["mnli_mm"] = GLUE["mnli"]
 
 
 def glue_rows(name, path):
-    """What Hugging Face's loader reads: tabs without quoting, rows with columns missing left out."""
+    """What Hugging Face's loader reads: tabs without quoting, no rows with columns missing."""
     glue = GLUE[name]
     with open(path, encoding="utf-8-sig", newline="\n") as f:
         rows = [row for row in csv.reader(f, delimiter="\t", quoting=csv.QUOTE_NONE)]
