@@ -1486,7 +1486,7 @@ static void kernels_init(const char *name) {
         kernels = &kernel_table[i];
         return;
     }
-    die("--kernels: this CPU has no \"%s\"; leave the flag out, or use plain", name);
+    die("--kernels: this CPU has no \"%s\"; leave the flag out, or use plain", name ? name : "kernels");
 }
 
 static const char *kernels_name(void) { return kernels->name; }
