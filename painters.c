@@ -594,6 +594,7 @@ typedef struct {
     Layer *layers;                          // [n_layers]
     Head *heads;
     int n_heads_named;
+    int64_t heads_capacity;
     float *rope_frequency;                  // Llama: [head_dim / 2], radians per position
     Tokenizer *tokenizer;                   // NULL where the file has none
     int last_found;                         // where the last look-up in the tensor table ended
@@ -874,8 +875,7 @@ static void model_heads(Model *m) {
             h.labels[j] = copy_string(rest ? rest : "");
             rest = bar ? bar + 1 : NULL;
         }
-        m->heads = realloc(m->heads, (size_t)(m->n_heads_named + 1) * sizeof h);
-        if (!m->heads) die("memory: the list of heads does not fit");
+        m->heads = grow(m->heads, &m->heads_capacity, m->n_heads_named + 1, sizeof h, "heads");
         m->heads[m->n_heads_named++] = h;
         release(labels);
         release(kind);
