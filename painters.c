@@ -1562,8 +1562,10 @@ struct Session {                // everything a forward pass needs beside the mo
 
 static int64_t value_stride(const Model *m) { return (m->head_dim + 15) / 16 * 16; }
 
-// Small work is not worth waking threads for.
-static bool worth_threads(int64_t operations) { return operations > 1 << 19; }
+// Small work is not worth waking threads for. (Without OpenMP nobody asks.)
+__attribute__((unused)) static bool worth_threads(int64_t operations) {
+    return operations > 1 << 19;
+}
 
 static Session *session_new(const Model *m) {
     Session *s = allocate(1, sizeof *s, "session");
@@ -1719,6 +1721,7 @@ static void attention(Session *s, Place place) {
             piece_row[at] = r;
         }
     }
+    (void)operations;                       // without OpenMP
     #pragma omp parallel for schedule(dynamic) if (worth_threads(operations))
     for (int64_t work = 0; work < n_pieces * m->n_kv_heads; work++) {
         int64_t piece = n_pieces - 1 - work / m->n_kv_heads;    // the longest rows first
