@@ -3,7 +3,6 @@
 # make demo     the paper in two minutes, on the small models of tests/models
 # make paper    all of it, about an hour on two cores; stop and go on as you like
 # make debug    ./painters-debug with address and undefined-behaviour sanitizers
-# make bench    against llama.cpp, transformers and others (installs them into a virtual environment)
 # CC, CFLAGS and OPENMP are respected: make CC=clang CFLAGS=-O2 OPENMP=
 
 CC ?= cc
