@@ -219,7 +219,7 @@ static bool parse_double(const char *text, double *out) {
 
 static double seconds(void) {
     struct timespec t;
-    timespec_get(&t, TIME_UTC);
+    clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
