@@ -102,7 +102,7 @@ def tokenizer_json(pieces):
 
 
 def write_seeds(folder):
-    """Inputs for fuzz_tokenizer.c: small sections of both kinds, each with a few texts."""
+    """Inputs for fuzzing: small sections of both kinds, each with a few texts."""
     lines = "[PAD] [UNK] [CLS] [SEP] [MASK] a b the ##a ##b ##he t ! \u4e2d \u00e9".split()
     made = [read(MODEL, "llama")] + [read(vocabulary(lines, **config), "bert") for config in (
         {"do_lower_case": False}, {"do_lower_case": False, "strip_accents": True})]
@@ -112,7 +112,3 @@ def write_seeds(folder):
                 with open(os.path.join(folder, "seed-%d-%d" % (i, j)), "wb") as f:
                     f.write(struct.pack("<BH", tokenizer.kind, len(tokenizer.section)))
                     f.write(tokenizer.section + text)
-
-
-if __name__ == "__main__":
-    write_seeds(sys.argv[1])
