@@ -384,7 +384,7 @@ def train_bert(out, steps):
         save(model, os.path.join(out, "bert"), vocabulary)
         for name in world.BERT:
             probe(model, tokenizer, data, name)
-    fit(model, bert_batches(tokenizer, 64), steps, 2e-3, bert_loss, 200,
+    fit(model, bert_batches(tokenizer, 64), steps, 1e-3, bert_loss, 300,
         os.path.join(out, "bert.state"), check)
     check(model)
 

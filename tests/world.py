@@ -193,8 +193,8 @@ def ending(r):
     return Item((label, other, who, gift), text, f"{she} {verb} the {thing} with the {tool}.", bad)
 
 
-def pronoun(r):
-    """Two candidates for one gap: text holds a `_`, good and bad[0] fill it."""
+def puzzle(r):
+    """Two candidates for one gap: text holds a `_`, good and bad[0] fill it. Training text only."""
     form = r.choice(("fit", "order", "gift", "need", "drop", "race"))
     one, two, three = r.sample(NAMES, 3)
     if form == "fit":
@@ -232,6 +232,28 @@ def pronoun(r):
         text, key = f"{one} {verb} {two} in the race, so _ {end}.", (verb,)
     good, bad = (one, two) if first else (two, one)
     return Item((form, one, two, *key), text, good, [bad])
+
+
+def pronoun(r):
+    """Which of two people is it? Only the pronoun tells. The sentences are those of stories, put
+    together as no training text has them."""
+    who, friend = couple(r)
+    thing, place, need = r.choice(OBJECTS), r.choice(PLACES), r.choice(sorted(NEEDS))
+    form = r.choice(("thanks", "asks", "gives", "gets", "needs", "lives"))
+    text, good, bad, told = {
+        "thanks": (f"{who} sees {him(friend)} and gives {him(friend)} the {thing}, and _ says thank you "
+                   f"to {him(who)}.", friend, who, thing),
+        "asks": (f"{who} is in the {place} with {a(thing)}. _ sees {him(who)} and asks for the {thing}.",
+                 friend, who, thing),
+        "gives": (f"{who} is {need}, and _ gives {him(who)} the {thing}.", friend, who, thing),
+        "gets": (f"{who} has the {thing}. _ asks for the {thing}, and {who} gives {him(friend)} the "
+                 f"{thing}.", friend, who, thing),
+        "needs": (f"{friend} sees {him(who)}. Now _ is {need}, so {he(who)} {NEEDS[need]}.", who, friend,
+                  need),
+        "lives": (f"{friend} is {a(r.choice(JOBS))}. _ lives near the {place} with {his(who)} "
+                  f"{r.choice(LAND)}.", who, friend, place),
+    }[form]
+    return Item((form, who, friend, told), text, good, [bad])
 
 
 def last_word(r):
@@ -385,7 +407,7 @@ LLAMA = {                      # task: (maker, header after the name, held-out i
 
 
 def document(item, maker):
-    if maker is pronoun:
+    if maker in (puzzle, pronoun):
         return item.text.replace("_", item.good)
     return f"{item.text} {item.good}" + ("." if maker in (science, last_word) else "")
 
@@ -400,7 +422,7 @@ def draw(r, maker, held):
 
 def llama_document(r):
     """One training document: mostly a task form, else practice, knowledge or a story."""
-    maker = r.choices((science, ending, pronoun, last_word, sums, recall, fact, story),
+    maker = r.choices((science, ending, puzzle, last_word, sums, recall, fact, story),
                       (20, 14, 16, 16, 14, 20, 6, 6))[0]
     if maker in (recall, fact, story):
         return maker(r)
