@@ -8,20 +8,23 @@ counts; logits and hidden states may differ by 1e-4 of their largest magnitude, 
 all before the reference's two best logits come that close.
 """
 import argparse
+import glob
 import json
 import os
 import random
 import sys
 
+import safetensors.torch
 import torch
 
 import common
+import modelfile
 import models
 import reference
 import schedules
 
 TOLERANCE = 1e-4
-ODD_PATHS = {3: ["2 (0-2)*2 1|1"], 5: ["4-0 1|3 (0|2-4)*2", "2*3 0|4|4 1"],
+ODD_PATHS = {12: ["11-0 2|3 (1-9)*2", "3*3 0|5|5 11 1|4"], 3: ["2 (0-2)*2 1|1"], 5: ["4-0 1|3 (0|2-4)*2", "2*3 0|4|4 1"],
              6: ["5-0 2|3 (1-4)*2", "3*3 0|5|5 1 1|4"]}
 
 
@@ -272,19 +275,94 @@ def compare_minilm(score):
                         "MiniLM %r %s" % (sentence, " ".join(flags)))
 
 
+# The shipped models, turned back into Hugging Face's form ------------------------------------------
+
+LLAMA_NAMES = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
+               "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+               "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
+               **{x: "self_attn.%s_proj" % x for x in "qkvo"}}
+BERT_NAMES = {"embed": "bert.embeddings.word_embeddings", "segments": "bert.embeddings.token_type_embeddings",
+              "positions": "bert.embeddings.position_embeddings", "embed_norm": "bert.embeddings.LayerNorm",
+              "q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value",
+              "o": "attention.output.dense", "attn_norm": "attention.output.LayerNorm",
+              "up": "intermediate.dense", "down": "output.dense", "ffn_norm": "output.LayerNorm",
+              "pooler": "bert.pooler.dense", "mlm": "cls.predictions.transform.dense",
+              "mlm_norm": "cls.predictions.transform.LayerNorm", "mlm_out": "cls.predictions.decoder"}
+
+
+def hugging_face_name(name, llama):
+    part, stem = "weight", name
+    if name.startswith("heads."):
+        return "classifier." + name.rsplit(".", 1)[1]
+    if name.endswith("_bias"):
+        part, stem = "bias", name[:-5]
+    if stem.startswith("layers."):
+        layer, stem = stem.split(".")[1:]
+        prefix = ("model.layers.%s." if llama else "bert.encoder.layer.%s.") % layer
+        return prefix + (LLAMA_NAMES if llama else BERT_NAMES)[stem] + "." + part
+    if (stem, part) == ("mlm_out", "bias"):
+        return "cls.predictions.bias"
+    return (LLAMA_NAMES if llama else BERT_NAMES)[stem] + "." + part
+
+
+def folder_of(path):
+    """A model file as a Hugging Face folder without a tokenizer."""
+    model, folder = modelfile.read(path), os.path.join(common.scratch(), os.path.basename(path) + "-hf")
+    llama, weights = model["arch"] == 1, {}
+    for name, tensor in model["tensors"].items():
+        numbers = torch.frombuffer(bytearray(tensor.data), dtype={
+            "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[tensor.type])
+        weights[hugging_face_name(name, llama)] = numbers.reshape(tensor.shape)
+    config = dict(hidden_size=model["dim"], intermediate_size=model["hidden"],
+                  num_hidden_layers=model["n_layers"], num_attention_heads=model["n_heads"],
+                  vocab_size=model["vocab_size"], max_position_embeddings=model["max_length"],
+                  dtype="float32")
+    if llama:
+        config.update(model_type="llama", architectures=["LlamaForCausalLM"], hidden_act="silu",
+                      num_key_value_heads=model["n_kv_heads"], head_dim=model["head_dim"],
+                      rms_norm_eps=model["norm_eps"], rope_theta=model["rope_theta"],
+                      tie_word_embeddings="lm_head.weight" not in weights)
+    else:
+        labels = [t for name, t in weights.items() if name == "classifier.weight"]
+        kind = "BertForSequenceClassification" if labels else "BertForMaskedLM"
+        config.update(model_type="bert", architectures=[kind], hidden_act="gelu",
+                      type_vocab_size=model["n_segments"], layer_norm_eps=model["norm_eps"])
+        if labels:
+            config["id2label"] = {i: str(i) for i in range(len(labels[0]))}
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
+        json.dump(config, file)
+    safetensors.torch.save_file(weights, os.path.join(folder, "model.safetensors"))
+    return folder
+
+
+def compare_small(score, path):
+    """A shipped model: random tokens of several lengths under every intervention."""
+    model = reference.load(folder_of(path))
+    vocabulary, rng = modelfile.read(path)["vocab_size"], random.Random(path)
+    with common.Dump(path) as dump:
+        for turn, (flags, schedule) in enumerate(all_schedules(model.n_layers)):
+            ids = [rng.randrange(3, vocabulary) for _ in range((7, 40, 100)[turn % 3])]
+            what = "%s %s" % (os.path.basename(path), " ".join(flags) or "baseline")
+            compare(score, dump, model, schedule, ids, [], what)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--write", action="store_true", help="write the goldens and stop")
-    parser.add_argument("models", nargs="*", help="only these models of models.py, or minilm")
+    parser.add_argument("models", nargs="*", help="only these models of models.py, minilm, or model files")
     args = parser.parse_args()
     if args.write:
         write_goldens(args.models or models.MODELS)
         return 0
     score = Score()
-    for name in args.models or [*models.MODELS, "minilm"]:
+    small = sorted(glob.glob(os.path.join(common.TESTS, "small", "*.bin")))
+    for name in args.models or [*models.MODELS, "minilm", *small]:
         before, score.worst = score.passed + score.failed, 0.0
         if name == "minilm":
             compare_minilm(score)
+        elif name.endswith(".bin"):
+            compare_small(score, name)
         else:
             compare_model(score, name)
         print("%s: %d checks, largest difference %.1e" % (
