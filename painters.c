@@ -2,21 +2,19 @@
 // parallel or looped, and measure what that does to it. One file, no dependencies but libc and libm.
 //
 //   The experiments are those of "Transformer Layers as Painters" (Sun, Pickett, Nain and Jones,
-//   arXiv 2407.09298): the layers of a model are painters who pass a canvas along a line. What if
-//   some stay at home, if they swap places, if many paint on copies that are then averaged?
+//   arXiv 2407.09298): the layers of a model are painters who pass a canvas along a line.
 //
 //   Build     cc -O3 -fopenmp painters.c -o painters -lm        (or: make)
 //   Run       ./painters model.bin --prompt "Once upon a time" --skip 4
 //   Measure   ./painters model.bin --eval task.tsv --parallel 3
-//   Embed     #define PAINTERS_NO_MAIN
-//             #include "painters.c"                             (README.md shows 15 lines)
+//   Embed     #define PAINTERS_NO_MAIN, then #include "painters.c"    (README.md has an example)
 //
 // How to read it: from top to bottom, as a token travels. A schedule says which layers run in which
-// order (1). A model file is mapped and checked (2). Kernels multiply matrices (3), layers are made
-// of kernels, and a pass is one loop over the steps of a schedule (4). Tokenizers turn text into ids
-// and back (5), and a text is continued (6). Metrics turn kept values into scores (7); tasks turn
-// lines of text into sequences and answers into values (8); a tree of schedules is walked over them
-// (9). Reports print and draw what came out (10), runs tie it together (11), flags are a table (12).
+// order (1). A model file is mapped and checked (2). Kernels multiply matrices (3), and a pass is one
+// loop over the steps of a schedule (4). Tokenizers turn text into ids and back (5), and a text is
+// continued (6). Metrics turn kept values into scores (7), tasks turn text into sequences and answers
+// into values (8), a tree of schedules is walked over them (9). Reports print and draw what came out
+// (10), runs tie it together (11), flags are a table (12).
 //
 // MIT License; see LICENSE. Model files come from export.py; README.md documents their format.
 
@@ -30,6 +28,7 @@
 #include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -61,8 +60,7 @@
 static bool quiet;                              // --quiet: no status on stderr, only errors
 static void (*on_error)(const char *message);   // set by a program that embeds this file; must not return
 
-// Ends the program with one line on stderr and status 1. Messages have the form
-// "FILE: PLACE: what is wrong; how to mend it".
+// Ends the program with one line on stderr: "FILE: PLACE: what is wrong; how to mend it".
 __attribute__((format(printf, 1, 2)))
 _Noreturn static void die(const char *format, ...) {
     char message[2000];
@@ -259,12 +257,6 @@ static void schedule_add(Schedule *s, int layer, bool parallel) {
     s->first[s->n_steps] = s->n_slots;
 }
 
-static void schedule_free(Schedule *s) {
-    release(s->layer);
-    release(s->first);
-    *s = (Schedule){0};
-}
-
 // Python's random.Random(seed), as far as shuffle() needs it: MT19937 seeded with the 32-bit words
 // of |seed| (init_by_array of Matsumoto and Nishimura, mt19937ar 2002).
 typedef struct {
@@ -301,10 +293,6 @@ static uint32_t python_word(PythonRandom *r) {
 
 // The interventions. Each builder fills in the middle lo <= i < hi of the T = s->n_layers layers;
 // those before and behind stay in place. For drop and swap the middle is the layers they name.
-static void build_nothing(Schedule *s, int lo, int hi, int64_t argument) {
-    (void)s, (void)lo, (void)hi, (void)argument;
-}
-
 static void build_repeat(Schedule *s, int lo, int hi, int64_t argument) {
     (void)argument;
     for (int i = lo; i < hi; i++) schedule_add(s, s->n_layers / 2, false);
@@ -346,19 +334,19 @@ typedef struct {
     int range;
     const char *argument_flag;  // a second number: its flag, lowest and highest value, default
     int64_t lowest, highest, standard;
-    void (*build)(Schedule *s, int lo, int hi, int64_t argument);
+    void (*build)(Schedule *s, int lo, int hi, int64_t argument);     // NULL: leaves the middle out
     const char *help;
 } Intervention;
 
 static const Intervention interventions[] = {
-    {"skip", MIDDLE, NULL, 0, 0, -1, build_nothing, "skip the middle layers S < i < T-S"},
+    {"skip", MIDDLE, NULL, 0, 0, -1, NULL, "skip the middle layers S < i < T-S"},
     {"repeat", MIDDLE, NULL, 0, 0, -1, build_repeat, "run layer T/2 in place of each middle layer"},
     {"reverse", MIDDLE, NULL, 0, 0, -1, build_reverse, "run the middle layers last to first"},
     {"random", MIDDLE, "seed", (int64_t)-9.2e18, (int64_t)9.2e18, 0, build_random,
      "shuffle the middle layers as Python's random.seed(N) does (default 0)"},
     {"parallel", MIDDLE, NULL, 1, 1, 1, build_loop, "run the middle layers as one averaged step"},
     {"loop", MIDDLE, "times", 1, 100000, 3, build_loop, "that step N times (default 3)"},
-    {"drop", ONE, NULL, 0, 0, -1, build_nothing, "leave out one layer"},
+    {"drop", ONE, NULL, 0, 0, -1, NULL, "leave out one layer"},
     {"swap", TWO, NULL, 0, 0, -1, build_reverse, "exchange layers K and K+1"},
 };
 enum { N_INTERVENTIONS = sizeof interventions / sizeof *interventions };
@@ -385,7 +373,7 @@ static Schedule schedule_build(const Intervention *v, int T, int64_t start, int6
         hi = v->range == MIDDLE ? T - (int)start : lo + (v->range == ONE ? 1 : 2);
     }
     for (int i = 0; i < lo; i++) schedule_add(&s, i, false);
-    if (v) v->build(&s, lo, hi, v->argument_flag ? argument : v->standard);
+    if (v && v->build) v->build(&s, lo, hi, v->argument_flag ? argument : v->standard);
     for (int i = hi; i < T; i++) schedule_add(&s, i, false);
     return s;
 }
@@ -494,12 +482,15 @@ typedef struct {
     const char *path;
     const unsigned char *file;              // the whole file, read-only
     int64_t bytes;
-    int arch, dim, hidden, n_layers, n_heads, n_kv_heads, head_dim, vocab_size, max_length;
+    int arch;                               // LLAMA or BERT
+    // From here to head_dim as in the file, byte 64 on.
+    int dim, hidden, n_layers, n_heads, n_kv_heads, vocab_size, max_length;
     int n_segments;                         // BERT's token types
     int rope;                               // ROPE_HALVES (Hugging Face) or ROPE_PAIRS (Meta)
     float rope_theta, norm_eps;
+    int tokenizer_kind;
     int bos, eos, unk, pad, mask;           // token ids, -1 where there is none; BERT: [CLS], [SEP]
-    int tokenizer_kind, n_tensors, n_heads_named;
+    int flags, head_dim, n_tensors, n_heads_named;
     Tensor *tensors;                        // [n_tensors] in the order of the file's table
     char *notes;                            // strings "key <TAB> value", the last one is empty
     Tensor embed;                           // [vocab, dim]
@@ -549,34 +540,24 @@ static void model_map(Model *m) {
 #ifdef _WIN32
     m->file = (unsigned char *)read_file(m->path, &m->bytes);
 #else
-    int fd = open(m->path, O_RDONLY);
     struct stat info;
-    if (fd < 0 || fstat(fd, &info)) {
-        die("%s: cannot be opened: %s; check the path", m->path, strerror(errno));
+    void *p = MAP_FAILED;
+    int fd = open(m->path, O_RDONLY);
+    if (fd >= 0 && !fstat(fd, &info)) {
+        errno = EINVAL;                         // of a folder, a pipe, an empty file
+        m->bytes = S_ISREG(info.st_mode) ? info.st_size : 0;
+        if (m->bytes) p = mmap(NULL, (size_t)m->bytes, PROT_READ, MAP_SHARED, fd, 0);
     }
-    if (!S_ISREG(info.st_mode) || !info.st_size) {
-        die("%s: is empty or not a regular file; name a model file", m->path);
+    if (p == MAP_FAILED) {
+        die("%s: no regular file that can be mapped: %s; name a model", m->path, strerror(errno));
     }
-    m->bytes = info.st_size;
-    m->file = mmap(NULL, (size_t)m->bytes, PROT_READ, MAP_SHARED, fd, 0);
-    if (m->file == MAP_FAILED) {
-        die("%s: cannot be mapped: %s; free memory (ulimit -v)", m->path, strerror(errno));
-    }
+    m->file = p;
     close(fd);
 #endif
 }
 
 static void need(const Model *m, bool good, const char *place, const char *fault) {
-    if (!good) die("%s: %s: %s; make it again: python3 export.py model", m->path, place, fault);
-}
-
-// A header field that must lie in lo..hi.
-static int header_field(const Model *m, int offset, const char *name, int lo, int hi) {
-    int v = (int32_t)read_u32(m->file + offset);
-    char fault[120];
-    snprintf(fault, sizeof fault, "%s is %d, allowed are %d to %d", name, v, lo, hi);
-    need(m, v >= lo && v <= hi, "header", fault);
-    return v;
+    if (!good) die("%s: %s: %s; export the model again", m->path, place, fault);
 }
 
 // Do n bytes at `at` lie within the first `bytes`?
@@ -605,40 +586,37 @@ static void model_header(Model *m) {
          "the header's length is wrong");
     need(m, header_checksum(f, header) == read_u32(f + 32), "byte 32",
          "the header's checksum is wrong: the file is damaged");
-    m->n_tensors = header_field(m, 36, "the number of tensors", 1, 1 << 20);
-    need(m, read_i64(f + 40) == 192 && (header - 192) / 96 >= m->n_tensors, "byte 40",
-         "the tensor table lies outside the header");
-    need(m, within(text, text_bytes, header) && within(notes, notes_bytes, header), "byte 48",
-         "the tokenizer or the notes lie outside the header");
+    m->n_tensors = (int)read_u32(f + 36);
+    need(m, read_i64(f + 40) == 192 && m->n_tensors > 0 && m->n_tensors <= (header - 192) / 96 &&
+         within(text, text_bytes, header) && within(notes, notes_bytes, header), "byte 40",
+         "the tensor table, the tokenizer or the notes lie outside the header");
     m->notes = model_allocate(m, notes_bytes + 2, 1, "notes");
     memcpy(m->notes, f + notes, (size_t)notes_bytes);
     for (char *p = m->notes; (p = strchr(p, '\n'));) *p++ = 0;
-    m->arch = header_field(m, 12, "the architecture", LLAMA, BERT);
+    m->arch = (int)read_u32(f + 12);
+    need(m, m->arch == LLAMA || m->arch == BERT, "byte 12", "the architecture is unknown");
     bool llama = m->arch == LLAMA;
-    m->dim = header_field(m, 64, "dim", 1, 1 << 20);
-    m->hidden = header_field(m, 68, "hidden", 1, 1 << 22);
-    m->n_layers = header_field(m, 72, "the number of layers", 1, 1 << 14);
-    m->n_heads = header_field(m, 76, "the number of heads", 1, 1 << 14);
-    m->n_kv_heads = header_field(m, 80, "the number of key/value heads", 1, m->n_heads);
-    m->vocab_size = header_field(m, 84, "the vocabulary", 1, 1 << 24);
-    m->max_length = header_field(m, 88, "the context length", 1, 1 << 24);
-    m->n_segments = header_field(m, 92, "the number of segments", !llama, 1 << 10);
-    m->rope = header_field(m, 96, "the rotary layout", llama, llama ? ROPE_PAIRS : 0);
-    memcpy(&m->rope_theta, f + 100, 4);
-    memcpy(&m->norm_eps, f + 104, 4);
-    m->tokenizer_kind = header_field(m, 108, "the kind of tokenizer", 0, 2);
-    int *special[] = {&m->bos, &m->eos, &m->unk, &m->pad, &m->mask};
-    for (int i = 0; i < 5; i++) {
-        *special[i] = header_field(m, 112 + 4 * i, "a special token", -1, m->vocab_size - 1);
+    _Static_assert(offsetof(Model, head_dim) - offsetof(Model, dim) == 18 * 4, "not as in the file");
+    memcpy((char *)m + offsetof(Model, dim), f + 64, 19 * 4);
+    int64_t ids = (int64_t)m->vocab_size - 1, any = 1LL << 32;
+    const struct { const char *name; int64_t lo, hi; } fields[19] = {
+        {"dim", 1, 1 << 20}, {"hidden", 1, 1 << 22}, {"n_layers", 1, 1 << 14},
+        {"n_heads", 1, 1 << 14}, {"n_kv_heads", 1, m->n_heads}, {"vocab_size", 1, 1 << 24},
+        {"max_length", 1, 1 << 24}, {"n_segments", !llama, 1 << 10}, {"rope_pairs", llama, 2 * llama},
+        {"rope_theta", -any, any}, {"norm_eps", -any, any}, {"tokenizer", 0, 2},
+        {"bos", -1, ids}, {"eos", -1, ids}, {"unk", -1, ids}, {"pad", -1, ids}, {"mask", -1, ids},
+        {"flags", -any, any}, {"head_dim", 1, 1 << 16}};
+    for (int i = 0; i < 19; i++) {
+        int v = (int)read_u32(f + 64 + 4 * i);
+        if (v >= fields[i].lo && v <= fields[i].hi) continue;
+        die("%s: byte %d: %s is %d, allowed are %lld to %lld; export the model again", m->path,
+            64 + 4 * i, fields[i].name, v, (long long)fields[i].lo, (long long)fields[i].hi);
     }
-    m->head_dim = header_field(m, 136, "head_dim", 1, 1 << 16);
-    need(m, m->n_heads % m->n_kv_heads == 0, "byte 80", "the key/value heads do not divide the heads");
-    need(m, !llama || (m->head_dim % 2 == 0 && m->rope_theta > 0 && m->rope_theta < 1e30f),
-         "byte 100", "head_dim is odd or the rotary base is not a positive number");
-    need(m, llama || (int64_t)m->n_heads * m->head_dim == m->dim, "byte 136",
-         "BERT's heads do not add up to dim");
-    need(m, m->norm_eps >= 0 && m->norm_eps < 1, "byte 104", "the norm's epsilon is wrong");
-    need(m, !m->tokenizer_kind == !text_bytes, "byte 108", "a tokenizer and no kind, or the reverse");
+    need(m, m->n_heads % m->n_kv_heads == 0 && m->norm_eps >= 0 && m->norm_eps < 1 &&
+         (llama ? m->head_dim % 2 == 0 && m->rope_theta > 0 && m->rope_theta < 1e30f
+                : (int64_t)m->n_heads * m->head_dim == m->dim), "byte 64",
+         "n_heads, n_kv_heads, head_dim, dim, norm_eps and rope_theta cannot all be right");
+    need(m, !m->tokenizer_kind == !text_bytes, "byte 108", "a tokenizer without a kind, or a kind alone");
     m->tensors = model_allocate(m, m->n_tensors, sizeof *m->tensors, "tensors");
     int64_t end = header;
     for (int i = 0; i < m->n_tensors; i++) {    // every entry: known type, in order, inside the file
@@ -2532,7 +2510,7 @@ static Model *model_load(const char *path) {
     if (!m->tokenizer_kind) return m;
     m->tokenizer = model_allocate(m, 1, sizeof *m->tokenizer, "tokenizer");
     tokenizer_load(m->tokenizer, m->path, m->tokenizer_kind, m->file + read_i64(m->file + 48),
-                   read_i64(m->file + 56), m->vocab_size, m->unk, read_u32(m->file + 132) & 1);
+                   read_i64(m->file + 56), m->vocab_size, m->unk, m->flags & 1);
     return m;
 }
 
@@ -3687,7 +3665,6 @@ static Entry *store_schedule(Store *st, Schedule schedule, bool wanted) {
         if (strcmp(st->entries[i].key, key)) continue;
         st->entries[i].wanted |= wanted;
         release(key);
-        schedule_free(&schedule);
         return &st->entries[i];
     }
     st->entries = grow(st->entries, &st->capacity, st->n_entries + 1, sizeof *st->entries,
@@ -5545,7 +5522,6 @@ static void evaluate(Session *s, const Wanted *w, Schedule schedule) {
     if (train) check_task(train, m, true);
     if (w->sweep) {
         sweep_schedules(&st, w->sweep);
-        schedule_free(&schedule);
     } else {
         store_schedule(&st, schedule, true);
     }
@@ -5686,13 +5662,11 @@ static void print_info(const Model *m) {
         weights += t->rows * t->cols;
         count[t->type]++;
     }
-    printf("file          %s, %.1f MB\nsource        %s\n", m->path, (double)m->bytes / 1e6,
-           model_note(m, "source"));
-    printf("architecture  %s\nlayers        %d\ndim           %d\nhidden        %d\n",
-           m->arch == LLAMA ? "Llama" : "BERT", m->n_layers, m->dim, m->hidden);
-    printf("heads         %d of %d, %d for keys and values\nvocabulary    %d\n"
-           "context       %d tokens\nnorm epsilon  %g\n", m->n_heads, m->head_dim, m->n_kv_heads,
-           m->vocab_size, m->max_length, (double)m->norm_eps);
+    const char *source = model_note(m, "source");
+    printf("file          %s, %.1f MB, of %s\n", m->path, (double)m->bytes / 1e6, source);
+    printf("architecture  %s, %d layers of dim %d, hidden %d, norm epsilon %g\n",
+           m->arch == LLAMA ? "Llama" : "BERT", m->n_layers, m->dim, m->hidden, (double)m->norm_eps);
+    printf("heads         %d of %d, %d for keys and values\n", m->n_heads, m->head_dim, m->n_kv_heads);
     if (m->arch == LLAMA) {
         printf("rotary        base %g, pairs %s\noutput head   %s\n", (double)m->rope_theta,
                m->rope == ROPE_HALVES ? "(i, i + head_dim/2)" : "(2i, 2i + 1)",
@@ -5701,7 +5675,8 @@ static void print_info(const Model *m) {
         printf("parts         encoder%s%s\n", m->has_pooler ? ", pooler" : "",
                m->has_mlm ? ", masked-LM head" : "");
     }
-    printf("tokenizer     %s; bos %d, eos %d\n", tokenizers[m->tokenizer_kind], m->bos, m->eos);
+    printf("tokenizer     %s; vocabulary %d, bos %d, eos %d; context %d tokens\n",
+           tokenizers[m->tokenizer_kind], m->vocab_size, m->bos, m->eos, m->max_length);
     printf("weights       %.1f million in %d tensors:", (double)weights / 1e6, m->n_tensors);
     for (int t = 0; t < N_TYPES; t++) {
         if (count[t]) printf(" %lld %s", (long long)count[t], type_names[t]);
@@ -5785,9 +5760,7 @@ static void print_help(void) {
     }
     puts("\nExamples\n"
          "  painters llama.bin --prompt \"Once upon a time\" --parallel 3\n"
-         "  painters llama.bin --prompt \"Once upon a time\" --path \"0-3 (4-7)*2 8-11\"\n"
          "  painters bert.bin --prompt \"The cat [MASK] on the mat.\" --drop 5\n"
-         "  painters llama.bin --eval arc.tsv lambada.tsv --skip 4 --limit 100\n"
          "  painters llama.bin --eval arc.tsv --sweep skip,reverse,random:10 --out arc.out --svg figs\n"
          "  painters --layers 32 --random 9 --seed 3 --show");
 }
@@ -5827,10 +5800,8 @@ static void parse_arguments(int argc, char **argv) {
         }
         if (f.target == &options.argument) options.argument_flag = f.name;
         if (f.target == &options.start) {
-            if (options.method) {
-                die("%s: --%s is given too; one at a time, or write them as a --path", argv[i],
-                    options.method->name);
-            }
+            const Intervention *other = options.method;
+            if (other) die("--%s: --%s is given too; one at a time, or a --path", f.name, other->name);
             options.method = &interventions[(at - N_FLAGS) / 2];
         }
         if (f.type == SWITCH) {
@@ -5864,11 +5835,12 @@ static Schedule chosen_schedule(int T) {
 
 // I/N of --shard.
 static void read_shard(Wanted *w) {
-    char *copy = copy_string(options.shard ? options.shard : "1/1"), *n = strchr(copy, '/');
-    if (n) *n++ = 0;
-    if (!n || !parse_int(n, 1, 1000000, &w->n_shards) ||
-        !parse_int(copy, 1, w->n_shards, &w->shard)) {
-        die("--shard: \"%s\" is not I/N with I from 1 to N, as in 2/8", options.shard);
+    const char *text = options.shard ? options.shard : "1/1", *slash = strchr(text, '/');
+    char first[8] = "";
+    if (slash && slash - text < 8) memcpy(first, text, (size_t)(slash - text));
+    if (!slash || !parse_int(slash + 1, 1, 1000000, &w->n_shards) ||
+        !parse_int(first, 1, w->n_shards, &w->shard)) {
+        die("--shard: \"%s\" is not I/N with I from 1 to N, as in 2/8", text);
     }
 }
 

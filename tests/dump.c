@@ -182,7 +182,6 @@ int main(int argc, char **argv) {
         if (rest) *rest++ = 0;
         else rest = line + got - 1;
         if (!strcmp(line, "schedule") || !strcmp(line, "build")) {
-            schedule_free(&dump.schedule);
             dump.schedule = *line == 's' ? schedule_parse(rest, m->n_layers, "dump")
                                         : dump_schedule_flag(rest, m->n_layers);
             continue;
@@ -212,7 +211,6 @@ int main(int argc, char **argv) {
     release(chunk);
     release(segment);
     free(line);
-    schedule_free(&dump.schedule);
     session_free(dump.s);
     model_free(m);
     return 0;
