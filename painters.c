@@ -1,5 +1,5 @@
 // painters.c - run a frozen Llama or BERT with its layers skipped, repeated, reversed, shuffled, in
-// parallel or looped, and measure what that does to it. One file, no dependencies but libc and libm.
+// parallel or looped, and measure what that does to it. One file, nothing but libc and libm.
 //
 //   The experiments are those of "Transformer Layers as Painters" (Sun, Pickett, Nain and Jones,
 //   arXiv 2407.09298): the layers of a model are painters who pass a canvas along a line.
@@ -10,11 +10,11 @@
 //   Embed     #define PAINTERS_NO_MAIN, then #include "painters.c"    (README.md has an example)
 //
 // How to read it: from top to bottom, as a token travels. A schedule says which layers run in which
-// order (1). A model file is mapped and checked (2). Kernels multiply matrices (3), and a pass is one
+// order (1). A model file is mapped and checked (2). Kernels multiply matrices (3), and a pass is a
 // loop over the steps of a schedule (4). Tokenizers turn text into ids and back (5), and a text is
-// continued (6). Metrics turn kept values into scores (7), tasks turn text into sequences and answers
-// into values (8), a tree of schedules is walked over them (9). Reports print and draw what came out
-// (10), runs tie it together (11), flags are a table (12).
+// continued (6). Metrics turn kept values into scores (7), tasks turn text into sequences and
+// answers into values (8), a tree of schedules is walked over them (9). Reports print and draw what
+// came out (10), runs tie it together (11), flags are a table (12).
 //
 // MIT License; see LICENSE. Model files come from export.py; README.md documents their format.
 
@@ -58,7 +58,7 @@
 // ------------------------------------------------------------------------------------------------
 
 static bool quiet;                              // --quiet: no status on stderr, only errors
-static void (*on_error)(const char *message);   // set by a program that embeds this file; must not return
+static void (*on_error)(const char *message);   // of a program that embeds this; never returns
 
 // Ends the program with one line on stderr: "FILE: PLACE: what is wrong; how to mend it".
 __attribute__((format(printf, 1, 2)))
@@ -366,7 +366,7 @@ static Schedule schedule_build(const Intervention *v, int T, int64_t start, int6
         int64_t most = largest_start(v, T);
         if (most < 0) die("--%s: a model of %d layers leaves nothing to change", v->name, T);
         if (start < 0 || start > most) {
-            die("--%s: %lld is out of range for a model of %d layers; allowed are 0 to %lld", v->name,
+            die("--%s: %lld is out of range; with %d layers, allowed are 0 to %lld", v->name,
                 (long long)start, T, (long long)most);
         }
         lo = (int)start + (v->range == MIDDLE);
@@ -463,7 +463,7 @@ enum { ROPE_HALVES = 1, ROPE_PAIRS = 2 };   // rotate (i, i + head_dim/2), or (2
 typedef struct Tokenizer Tokenizer;
 
 typedef struct {                // one layer; biases and *_bias are BERT's alone
-    Tensor q, k, v, o;          // [heads * head_dim, dim], twice [kv_heads * head_dim, dim], [dim, ..]
+    Tensor q, k, v, o;          // [heads * head_dim, dim], [kv_heads * head_dim, dim] x2, [dim, *]
     Tensor gate, up, down;      // [hidden, dim] twice, [dim, hidden]; BERT has no gate
     float *attn_norm, *ffn_norm, *attn_norm_bias, *ffn_norm_bias;       // [dim]
     float *q_bias, *k_bias, *v_bias, *o_bias, *up_bias, *down_bias;
@@ -515,7 +515,7 @@ static void *model_allocate(Model *m, int64_t count, int64_t size, const char *w
     return m->own[m->n_own++] = allocate(count, size, what);
 }
 
-// Fields of the file, which is little-endian, whatever their alignment. Weights are used as they lie.
+// Fields of the file, which is little-endian, at any alignment. Weights are used as they lie.
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "model files are little-endian");
 static uint32_t read_u32(const unsigned char *p) {
     return p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
@@ -596,14 +596,15 @@ static void model_header(Model *m) {
     m->arch = (int)read_u32(f + 12);
     need(m, m->arch == LLAMA || m->arch == BERT, "byte 12", "the architecture is unknown");
     bool llama = m->arch == LLAMA;
-    _Static_assert(offsetof(Model, head_dim) - offsetof(Model, dim) == 18 * 4, "not as in the file");
+    _Static_assert(offsetof(Model, head_dim) - offsetof(Model, dim) == 18 * 4, "file's order");
     memcpy((char *)m + offsetof(Model, dim), f + 64, 19 * 4);
     int64_t ids = (int64_t)m->vocab_size - 1, any = 1LL << 32;
     const struct { const char *name; int64_t lo, hi; } fields[19] = {
         {"dim", 1, 1 << 20}, {"hidden", 1, 1 << 22}, {"n_layers", 1, 1 << 14},
         {"n_heads", 1, 1 << 14}, {"n_kv_heads", 1, m->n_heads}, {"vocab_size", 1, 1 << 24},
-        {"max_length", 1, 1 << 24}, {"n_segments", !llama, 1 << 10}, {"rope_pairs", llama, 2 * llama},
-        {"rope_theta", -any, any}, {"norm_eps", -any, any}, {"tokenizer", 0, 2},
+        {"max_length", 1, 1 << 24}, {"n_segments", !llama, 1 << 10},
+        {"rope_pairs", llama, 2 * llama}, {"rope_theta", -any, any}, {"norm_eps", -any, any},
+        {"tokenizer", 0, 2},
         {"bos", -1, ids}, {"eos", -1, ids}, {"unk", -1, ids}, {"pad", -1, ids}, {"mask", -1, ids},
         {"flags", -any, any}, {"head_dim", 1, 1 << 16}};
     for (int i = 0; i < 19; i++) {
@@ -616,18 +617,20 @@ static void model_header(Model *m) {
          (llama ? m->head_dim % 2 == 0 && m->rope_theta > 0 && m->rope_theta < 1e30f
                 : (int64_t)m->n_heads * m->head_dim == m->dim), "byte 64",
          "n_heads, n_kv_heads, head_dim, dim, norm_eps and rope_theta cannot all be right");
-    need(m, !m->tokenizer_kind == !text_bytes, "byte 108", "a tokenizer without a kind, or a kind alone");
+    need(m, !m->tokenizer_kind == !text_bytes, "byte 108",
+         "a tokenizer without a kind, or the reverse");
     m->tensors = model_allocate(m, m->n_tensors, sizeof *m->tensors, "tensors");
     int64_t end = header;
-    for (int i = 0; i < m->n_tensors; i++) {    // every entry: known type, in order, inside the file
+    for (int i = 0; i < m->n_tensors; i++) {    // of known types, in order, inside the file
         const unsigned char *e = (const unsigned char *)tensor_name(m, i);
         int64_t rank = read_u32(e + 60), rows = read_i64(e + 64), cols = read_i64(e + 72);
         int64_t at = read_i64(e + 80), bytes = read_i64(e + 88);
         uint32_t type = read_u32(e + 56);
-        need(m, !e[55] && type < N_TYPES && (rank == 2 || (rank == 1 && rows == 1)) && rows >= 1 &&
+        need(m, !e[55], "byte 192", "a tensor's name does not end");
+        need(m, type < N_TYPES && (rank == 2 || (rank == 1 && rows == 1)) && rows >= 1 &&
              cols >= 1 && rows <= 1 << 30 && cols <= 1 << 30 && at >= end && at % 64 == 0 &&
              bytes == stored_bytes((int)type, rows, cols) && within(at, bytes, m->bytes),
-             (const char *)e, "the tensor's name, type, shape or place is wrong");
+             (const char *)e, "the tensor's type, shape or place is wrong");
         m->tensors[i] = (Tensor){(int)type, rows, cols, f + at, NULL};
         if (type == Q8) m->tensors[i].scale = (const void *)(f + at + (rows * cols + 63) / 64 * 64);
         end = at + bytes;
@@ -656,7 +659,7 @@ static void widen(float *out, const Tensor *w, int64_t row);
 
 typedef struct {                // what to take from the file
     const char *name;
-    void *to;                   // a Tensor; or, where rows = 0, a float * that gets the widened vector
+    void *to;                   // a Tensor; or, where rows = 0, a float *: the vector, widened
     float **bias;               // BERT's NAME_bias; NULL: has none
     int64_t rows, cols;
     bool wanted;
@@ -679,7 +682,8 @@ static void model_parts(Model *m, const char *prefix, const Part *p, size_t n) {
         }
         if (!p->bias || m->arch != BERT) continue;
         snprintf(name, sizeof name, "%s_bias", p->name);
-        model_parts(m, prefix, &(Part){name, p->bias, NULL, 0, p->rows ? p->rows : p->cols, true}, 1);
+        Part bias = {name, p->bias, NULL, 0, p->rows ? p->rows : p->cols, true};
+        model_parts(m, prefix, &bias, 1);
     }
 }
 
@@ -2491,7 +2495,7 @@ static void decode(const Tokenizer *t, int previous, int id, Text *out) {
 static struct {
     const char *model, *prompt, *cosine, *probe, *sweep, *head, *path, *kv, *out, *log, *shard;
     const char *svg, *kernels, **evals, **reports, *argument_flag;
-    const Intervention *method;             // --skip START, ...; --seed ARGUMENT or --times ARGUMENT
+    const Intervention *method;         // of `start`; `argument` is --seed or --times
     int64_t start, argument, n_evals, n_reports, layers, threads, limit, batch, tokens, sample_seed;
     double temperature, top_p, strength;
     bool info, show, bos, no_bos, help;
@@ -2589,7 +2593,7 @@ static Ids prompt_ids(const Model *m, const char *prompt, bool bos) {
     encode(need_tokenizer(m), prompt, (int64_t)strlen(prompt), &ids);
     if (m->arch == BERT && m->eos >= 0) ids_push(&ids, m->eos);
     if (!ids.n || ids.n > m->max_length) {
-        die("--prompt: %lld tokens, the model's context takes 1 to %d; change the text, or use --bos",
+        die("--prompt: %lld tokens, the model's context takes 1 to %d; change it, or use --bos",
             (long long)ids.n, m->max_length);
     }
     return ids;
@@ -2623,8 +2627,8 @@ static void continue_text(Session *s, const Schedule *schedule) {
         if (made < room) batch_add(s, q, next, 0);
     }
     fputc('\n', stdout);
-    warn("prompt: %lld tokens, %.1f tokens/s; continuation: %lld tokens, %.1f tokens/s", (long long)n,
-         (double)n / (decoding - start + 1e-9), (long long)made,
+    warn("prompt: %lld tokens, %.1f tokens/s; continuation: %lld tokens, %.1f tokens/s",
+         (long long)n, (double)n / (decoding - start + 1e-9), (long long)made,
          (double)(made - 1) / (seconds() - decoding + 1e-9));
 }
 
@@ -5664,10 +5668,12 @@ static void print_info(const Model *m) {
     }
     const char *source = model_note(m, "source");
     printf("file          %s, %.1f MB, of %s\n", m->path, (double)m->bytes / 1e6, source);
-    printf("architecture  %s, %d layers of dim %d, hidden %d, norm epsilon %g\n",
-           m->arch == LLAMA ? "Llama" : "BERT", m->n_layers, m->dim, m->hidden, (double)m->norm_eps);
-    printf("heads         %d of %d, %d for keys and values\n", m->n_heads, m->head_dim, m->n_kv_heads);
-    if (m->arch == LLAMA) {
+    bool llama = m->arch == LLAMA;
+    printf("architecture  %s, %d layers of dim %d, hidden %d, norm epsilon %g\n"
+           "heads         %d of %d, %d for keys and values\n", llama ? "Llama" : "BERT",
+           m->n_layers, m->dim, m->hidden, (double)m->norm_eps, m->n_heads, m->head_dim,
+           m->n_kv_heads);
+    if (llama) {
         printf("rotary        base %g, pairs %s\noutput head   %s\n", (double)m->rope_theta,
                m->rope == ROPE_HALVES ? "(i, i + head_dim/2)" : "(2i, 2i + 1)",
                m->output.data == m->embed.data ? "tied" : "its own");
@@ -5701,9 +5707,9 @@ typedef struct {
 
 static const Flag flags[] = {
     {"What", NULL, SWITCH, NULL, 0, 0, NULL},
-    {"prompt", "TEXT", WORD, &options.prompt, 0, 0, "Llama: continue TEXT; BERT: fill every [MASK]"},
+    {"prompt", "TEXT", WORD, &options.prompt, 0, 0, "Llama: continue TEXT; BERT: fill its [MASK]s"},
     {"eval", "TASK.tsv ...", WORDS, &options.evals, 0, 0, "score task files"},
-    {"sweep", "LIST", WORD, &options.sweep, 0, 0, "many schedules: skip,reverse,random:10,loop:1-8"},
+    {"sweep", "LIST", WORD, &options.sweep, 0, 0, "many schedules: skip,random:10,loop:1-8"},
     {"probe", "TRAIN.tsv", WORD, &options.probe, 0, 0, "BERT: fit a classifier, --eval with it"},
     {"cosine", "[TASK.tsv]", OPTIONAL, &options.cosine, 0, 0,
      "cosine similarity of hidden states, over a task or of --prompt"},
@@ -5717,10 +5723,10 @@ static const Flag flags[] = {
     {"batch", "TOKENS", INTEGER, &options.batch, 1, 1 << 24, "tokens in one pass (default 2048)"},
     {"bos", NULL, SWITCH, &options.bos, 0, 0, "begin texts with BOS (default for --prompt)"},
     {"no-bos", NULL, SWITCH, &options.no_bos, 0, 0, "do not (default for --eval)"},
-    {"kv", "exact|mean", WORD, &options.kv, 0, 0, "parallel layers keep their own keys, or the mean"},
+    {"kv", "exact|mean", WORD, &options.kv, 0, 0, "parallel layers: own keys, or their mean"},
     {"head", "NAME", WORD, &options.head, 0, 0, "BERT: which classifier of the file"},
     {"strength", "X", NUMBER, &options.strength, 1e-9, 1e9, "L2 penalty of --probe (default 1)"},
-    {"out", "FILE", WORD, &options.out, 0, 0, "keep every result; the same command goes on from it"},
+    {"out", "FILE", WORD, &options.out, 0, 0, "keep all results; the same command goes on"},
     {"log", "FILE", WORD, &options.log, 0, 0, "write every item: scores or text, prediction, gold"},
     {"shard", "I/N", WORD, &options.shard, 0, 0, "the I-th of N parts of the items"},
     {"svg", "FILE|DIR", WORD, &options.svg, 0, 0, "draw the figure there, or the figures"},
@@ -5732,7 +5738,7 @@ static const Flag flags[] = {
     {"quiet", NULL, SWITCH, &quiet, 0, 0, "no status on stderr"},
     {"Which layers", NULL, SWITCH, NULL, 0, 0, NULL},
     {"path", "EXPR", WORD, &options.path, 0, 0, "the schedule itself, e.g. \"0-3 (4-7)*2 8-11\""},
-    {"layers", "T", INTEGER, &options.layers, 1, 16384, "with --show: for T layers, without a model"},
+    {"layers", "T", INTEGER, &options.layers, 1, 16384, "with --show: T layers, without a model"},
 };
 enum { N_FLAGS = sizeof flags / sizeof *flags, MOST_FLAGS = N_FLAGS + 2 * N_INTERVENTIONS };
 
@@ -5741,15 +5747,15 @@ enum { N_FLAGS = sizeof flags / sizeof *flags, MOST_FLAGS = N_FLAGS + 2 * N_INTE
 static Flag flag_at(int i) {
     if (i < N_FLAGS) return flags[i];
     const Intervention *v = &interventions[(i - N_FLAGS) / 2];
-    Flag method = {v->name, v->range == MIDDLE ? "S" : "K", INTEGER, &options.start, -9.2e18, 9.2e18,
-                   v->help};
+    Flag method = {v->name, v->range == MIDDLE ? "S" : "K", INTEGER, &options.start, -9.2e18,
+                   9.2e18, v->help};
     Flag argument = {v->argument_flag, "N", INTEGER, &options.argument, (double)v->lowest,
                      (double)v->highest, "the N of the line above"};
     return (i - N_FLAGS) % 2 ? argument : method;
 }
 
 static void print_help(void) {
-    puts("painters - run a frozen Llama or BERT with its layers skipped, shuffled, in parallel ...\n\n"
+    puts("painters - run a frozen Llama or BERT with its layers skipped, shuffled, ...\n\n"
          "  painters MODEL [what to do] [how] [which layers]");
     for (int i = 0; i < MOST_FLAGS; i++) {
         Flag f = flag_at(i);
@@ -5761,7 +5767,7 @@ static void print_help(void) {
     puts("\nExamples\n"
          "  painters llama.bin --prompt \"Once upon a time\" --parallel 3\n"
          "  painters bert.bin --prompt \"The cat [MASK] on the mat.\" --drop 5\n"
-         "  painters llama.bin --eval arc.tsv --sweep skip,reverse,random:10 --out arc.out --svg figs\n"
+         "  painters llama.bin --eval arc.tsv --sweep skip,random:10 --out arc.out --svg figs\n"
          "  painters --layers 32 --random 9 --seed 3 --show");
 }
 
@@ -5801,7 +5807,7 @@ static void parse_arguments(int argc, char **argv) {
         if (f.target == &options.argument) options.argument_flag = f.name;
         if (f.target == &options.start) {
             const Intervention *other = options.method;
-            if (other) die("--%s: --%s is given too; one at a time, or a --path", f.name, other->name);
+            if (other) die("--%s: --%s is given too; one at a time", f.name, other->name);
             options.method = &interventions[(at - N_FLAGS) / 2];
         }
         if (f.type == SWITCH) {
@@ -5826,8 +5832,10 @@ static void parse_arguments(int argc, char **argv) {
 // The one schedule that the flags name, for a model of T layers.
 static Schedule chosen_schedule(int T) {
     const Intervention *v = options.method;
-    const char *second = options.argument_flag, *takes = v && v->argument_flag ? v->argument_flag : "";
-    if (second && strcmp(second, takes)) die("--%s: no flag here takes it; see --help", second);
+    const char *second = options.argument_flag, *takes = v ? v->argument_flag : NULL;
+    if (second && (!takes || strcmp(second, takes))) {
+        die("--%s: needs the flag beside it that --help shows above it", second);
+    }
     if (options.path && v) die("--path: --%s is given too; choose one", v->name);
     if (options.path) return schedule_parse(options.path, T, "--path");
     return schedule_build(v, T, options.start, second ? options.argument : v ? v->standard : -1);
@@ -5847,19 +5855,20 @@ static void read_shard(Wanted *w) {
 // Flags that need others.
 static void check_options(void) {
     bool eval = options.n_evals > 0;
-    const struct { bool given; const char *flag, *needs; bool there; } rows[] = {
+    const struct { bool given; const char *flag, *needs; bool there; } rule[] = {
         {options.sweep != NULL, "sweep", "--eval or --show", eval || options.show},
         {options.probe != NULL, "probe", "--eval", eval},
         {options.out != NULL, "out", "--eval", eval},
         {options.log != NULL, "log", "--eval", eval},
         {options.shard != NULL, "shard", "--eval", eval},
-        {options.cosine && !*options.cosine, "cosine", "TASK.tsv or --prompt", options.prompt != NULL},
+        {options.cosine && !*options.cosine, "cosine", "a task or --prompt", !!options.prompt},
         {options.layers > 0, "layers", "--show", options.show},
         {options.bos, "bos", "no --no-bos", !options.no_bos},
         {options.kv && strcmp(options.kv, "exact"), "kv", "exact or mean",
          options.kv && !strcmp(options.kv, "mean")}};
-    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
-        if (rows[i].given && !rows[i].there) die("--%s: needs %s beside it", rows[i].flag, rows[i].needs);
+    for (size_t i = 0; i < sizeof rule / sizeof *rule; i++) {
+        if (!rule[i].given || rule[i].there) continue;
+        die("--%s: needs %s beside it", rule[i].flag, rule[i].needs);
     }
 }
 
@@ -5872,10 +5881,11 @@ static void run(const Wanted *w) {
     Schedule schedule = chosen_schedule(m ? m->n_layers : (int)options.layers);
     Session *s = session_new(m);
     s->kv_mean = options.kv && !strcmp(options.kv, "mean");
+    const char *task = options.cosine && *options.cosine ? options.cosine : NULL;
     if (options.show && options.sweep) show_sweep(s, options.sweep, schedule.n_layers);
     else if (options.show) puts(schedule_text(&schedule));
     else if (options.info) print_info(m);
-    else if (options.cosine) cosine(s, w, &schedule, *options.cosine ? options.cosine : NULL, options.prompt);
+    else if (options.cosine) cosine(s, w, &schedule, task, options.prompt);
     else if (options.prompt && m->arch == BERT) fill_masks(s, &schedule);
     else if (options.prompt) continue_text(s, &schedule);
     else if (options.n_evals) evaluate(s, w, schedule);
