@@ -1,22 +1,20 @@
 // painters.c - run a frozen Llama or BERT with its layers skipped, repeated, reversed, shuffled, in
-// parallel or looped, and measure what that does to it. One file, no dependencies but libc and libm.
+// parallel or looped, and measure what that does to it. One file, nothing but libc and libm.
 //
 //   The experiments are those of "Transformer Layers as Painters" (Sun, Pickett, Nain and Jones,
-//   arXiv 2407.09298): the layers of a model are painters who pass a canvas along a line. What if
-//   some stay at home, if they swap places, if many paint on copies that are then averaged?
+//   arXiv 2407.09298): the layers of a model are painters who pass a canvas along a line.
 //
 //   Build     cc -O3 -fopenmp painters.c -o painters -lm        (or: make)
 //   Run       ./painters model.bin --prompt "Once upon a time" --skip 4
 //   Measure   ./painters model.bin --eval task.tsv --parallel 3
-//   Embed     #define PAINTERS_NO_MAIN
-//             #include "painters.c"                             (README.md shows 15 lines)
+//   Embed     #define PAINTERS_NO_MAIN, then #include "painters.c"    (README.md has an example)
 //
 // How to read it: from top to bottom, as a token travels. A schedule says which layers run in which
-// order (1). A model file is mapped and checked (2). Kernels multiply matrices (3), layers are made
-// of kernels, and a pass is one loop over the steps of a schedule (4). Tokenizers turn text into ids
-// and back (5), and a text is continued (6). Metrics turn kept values into scores (7); tasks turn
-// lines of text into sequences and answers into values (8); a tree of schedules is walked over them
-// (9). Reports print and draw what came out (10), runs tie it together (11), flags are a table (12).
+// order (1). A model file is mapped and checked (2). Kernels multiply matrices (3), and a pass is a
+// loop over the steps of a schedule (4). Tokenizers turn text into ids and back (5), and a text is
+// continued (6). Metrics turn kept values into scores (7), tasks turn text into sequences and
+// answers into values (8), a tree of schedules is walked over them (9). Reports print and draw what
+// came out (10), runs tie it together (11), flags are a table (12).
 //
 // MIT License; see LICENSE. Model files come from export.py; README.md documents their format.
 
@@ -30,6 +28,7 @@
 #include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -59,13 +58,10 @@
 // ------------------------------------------------------------------------------------------------
 
 static bool quiet;                              // --quiet: no status on stderr, only errors
-static void (*on_error)(const char *message);   // set by a program that embeds this file; must not return
+static void (*on_error)(const char *message);   // of a program that embeds this; never returns
 
-// Ends the program with one line on stderr and status 1. Messages have the form
-// "FILE: PLACE: what is wrong; how to mend it".
-#ifdef __GNUC__
+// Ends the program with one line on stderr: "FILE: PLACE: what is wrong; how to mend it".
 __attribute__((format(printf, 1, 2)))
-#endif
 _Noreturn static void die(const char *format, ...) {
     char message[2000];
     va_list args;
@@ -82,9 +78,7 @@ _Noreturn static void die(const char *format, ...) {
 }
 
 // A line of status on stderr, unless --quiet.
-#ifdef __GNUC__
 __attribute__((format(printf, 1, 2)))
-#endif
 static void warn(const char *format, ...) {
     if (quiet) return;
     va_list args;
@@ -97,14 +91,11 @@ static void warn(const char *format, ...) {
 // Zeroed memory on a 64-byte boundary; dies naming `what` when it does not fit. Pages that are
 // never touched cost nothing, since calloc leaves zeroing to the system.
 static void *allocate(int64_t count, int64_t size, const char *what) {
-    if (count < 0 || size < 1 || count > (int64_t)(PTRDIFF_MAX - 128) / size) {
-        die("memory: %s: %lld items of %lld bytes are beyond this machine; use a smaller model, "
-            "batch or task", what, (long long)count, (long long)size);
-    }
-    char *raw = calloc(1, (size_t)(count * size) + 64);
+    bool possible = count >= 0 && count <= (int64_t)(PTRDIFF_MAX - 128) / size;
+    char *raw = possible ? calloc(1, (size_t)(count * size) + 64) : NULL;
     if (!raw) {
-        die("memory: %s: %.1f MB do not fit; use a smaller --batch, or a machine with more memory",
-            what, (double)count * (double)size / 1e6);
+        die("memory: %s: %lld items of %lld bytes do not fit; use a smaller --batch, or a machine "
+            "with more memory", what, (long long)count, (long long)size);
     }
     char *p = raw + 64 - (uintptr_t)raw % 64;
     p[-1] = (char)(p - raw);
@@ -119,11 +110,12 @@ static void release(void *p) {
 // Makes room for `need` items in a growing array, keeping what it holds.
 static void *grow(void *p, int64_t *capacity, int64_t need, int64_t size, const char *what) {
     if (need <= *capacity) return p;
-    int64_t more = need > *capacity * 2 ? need : *capacity * 2;
-    void *bigger = allocate(more < 16 ? 16 : more, size, what);
+    int64_t more = *capacity < 8 ? 16 : *capacity * 2;
+    if (more < need) more = need;
+    void *bigger = allocate(more, size, what);
     if (p) memcpy(bigger, p, (size_t)(*capacity * size));
     release(p);
-    *capacity = more < 16 ? 16 : more;
+    *capacity = more;
     return bigger;
 }
 
@@ -149,25 +141,20 @@ static void text_add(Text *t, const char *s, int64_t n) {
     t->s[t->n] = 0;
 }
 
-#ifdef __GNUC__
 __attribute__((format(printf, 2, 3)))
-#endif
 static void text_printf(Text *t, const char *format, ...) {
-    va_list args, again;
+    va_list args;
     va_start(args, format);
-    va_copy(again, args);
     int n = vsnprintf(NULL, 0, format, args);
+    va_end(args);
     t->s = grow(t->s, &t->capacity, t->n + n + 1, 1, "text");
-    vsnprintf(t->s + t->n, (size_t)n + 1, format, again);
-    t->n += n;
-    va_end(again);
+    va_start(args, format);
+    t->n += vsnprintf(t->s + t->n, (size_t)n + 1, format, args);
     va_end(args);
 }
 
 static char *copy_string(const char *s) {
-    Text t = {0};
-    text_add(&t, s, (int64_t)strlen(s));
-    return t.s;
+    return strcpy(allocate((int64_t)strlen(s) + 1, 1, "text"), s);
 }
 
 // The whole of a file, with a NUL behind it; *bytes gets its length. "-" is stdin.
@@ -175,37 +162,29 @@ static char *read_file(const char *path, int64_t *bytes) {
     FILE *f = strcmp(path, "-") ? fopen(path, "rb") : stdin;
     if (!f) die("%s: cannot be opened: %s; check the path", path, strerror(errno));
     Text t = {0};
+    char part[65536];
     text_add(&t, "", 0);
-    for (;;) {
-        t.s = grow(t.s, &t.capacity, t.n + 65536 + 1, 1, path);
-        size_t got = fread(t.s + t.n, 1, (size_t)(t.capacity - t.n - 1), f);
-        t.n += (int64_t)got;
-        if (!got) break;
-    }
-    if (ferror(f)) die("%s: byte %lld: cannot be read: %s; is it a file?", path, (long long)t.n,
-                       strerror(errno));
+    for (size_t n; (n = fread(part, 1, sizeof part, f)) > 0;) text_add(&t, part, (int64_t)n);
+    if (ferror(f)) die("%s: cannot be read: %s; is it a file?", path, strerror(errno));
     if (f != stdin) fclose(f);
-    t.s[t.n] = 0;
     *bytes = t.n;
     return t.s;
 }
 
 // Closes a file that was written, so that a full disk is an error and not a lost line.
 static void close_written(FILE *f, const char *path) {
-    bool bad = ferror(f) != 0;
-    if (fflush(f) || (f != stdout && fclose(f)) || bad) {
-        die("%s: cannot be written: %s; free space or choose another place", path,
-            strerror(errno));
+    if (fflush(f) || ferror(f) || (f != stdout && fclose(f))) {
+        die("%s: cannot be written: %s; free space or choose another", path, strerror(errno));
     }
 }
 
-// Strict numbers: the whole text, nothing behind it, lo..hi.
+// Strict numbers: the whole text, nothing around it, lo..hi.
 static bool parse_int(const char *text, int64_t lo, int64_t hi, int64_t *out) {
     char *end;
     errno = 0;
-    if (!(*text == '-' || (*text >= '0' && *text <= '9'))) return false;
     long long v = strtoll(text, &end, 10);
-    if (errno || end == text || *end || v < lo || v > hi) return false;
+    bool starts = *text == '-' || (*text >= '0' && *text <= '9');
+    if (!starts || errno || *end || v < lo || v > hi) return false;
     *out = v;
     return true;
 }
@@ -227,17 +206,14 @@ static double seconds(void) {
 // ends the line.
 static void progress(const char *what, int64_t done, int64_t total, double started) {
     static double drawn;
-    double now = seconds(), spent = now - started;
-    if (quiet || !isatty(fileno(stderr)) || (done < total && now - drawn < 0.2)) return;
+    double now = seconds(), spent = now - started, items = (double)(done ? done : 1);
+    bool over = done >= total;
+    if (quiet || !isatty(fileno(stderr)) || (!over && now - drawn < 0.2)) return;
     drawn = now;
-    double rate = spent > 0 ? (double)done / spent : 0;
-    double left = rate > 0 ? (double)(total - done) / rate : 0;
-    fprintf(stderr, "\r%s %lld/%lld  %.1f/s  %s %d:%02d:%02d \033[K", what, (long long)done,
-            (long long)total, rate, done < total ? "ETA" : "took",
-            (int)(done < total ? left : spent) / 3600, (int)(done < total ? left : spent) / 60 % 60,
-            (int)(done < total ? left : spent) % 60);
-    if (done >= total) fputc('\n', stderr);
-    fflush(stderr);
+    int time = (int)(over ? spent : spent / items * (double)(total - done));
+    fprintf(stderr, "\r%s %lld/%lld  %.1f/s  %s %d:%02d:%02d \033[K%s", what, (long long)done,
+            (long long)total, (double)done / (spent + 1e-9), over ? "took" : "ETA", time / 3600,
+            time / 60 % 60, time % 60, over ? "\n" : "");
 }
 
 // A weight matrix as it lies in the file: row-major, one row per output. 1-D tensors have one row.
@@ -281,12 +257,6 @@ static void schedule_add(Schedule *s, int layer, bool parallel) {
     s->first[s->n_steps] = s->n_slots;
 }
 
-static void schedule_free(Schedule *s) {
-    release(s->layer);
-    release(s->first);
-    *s = (Schedule){0};
-}
-
 // Python's random.Random(seed), as far as shuffle() needs it: MT19937 seeded with the 32-bit words
 // of |seed| (init_by_array of Matsumoto and Nishimura, mt19937ar 2002).
 typedef struct {
@@ -294,87 +264,62 @@ typedef struct {
     int at;
 } PythonRandom;
 
-static void python_seed(PythonRandom *r, int64_t seed) {
+static PythonRandom python_seed(int64_t seed) {
+    PythonRandom r = {{19650218u}, 0};
     uint64_t size = seed < 0 ? 0 - (uint64_t)seed : (uint64_t)seed;
-    uint32_t key[2] = {(uint32_t)size, (uint32_t)(size >> 32)}, *w = r->word;
-    int n_key = key[1] ? 2 : 1, i = 1, j = 0;
-    w[0] = 19650218u;
-    for (int k = 1; k < 624; k++) {
-        w[k] = 1812433253u * (w[k - 1] ^ (w[k - 1] >> 30)) + (uint32_t)k;
-    }
-    for (int k = 0; k < 624 + 623; k++) {
-        uint32_t mixed = w[i - 1] ^ (w[i - 1] >> 30);
-        if (k < 624) w[i] = (w[i] ^ (mixed * 1664525u)) + key[j] + (uint32_t)j;
-        else w[i] = (w[i] ^ (mixed * 1566083941u)) - (uint32_t)i;
-        j = (j + 1) % n_key;
-        if (++i == 624) {
-            w[0] = w[623];
-            i = 1;
-        }
+    uint32_t key[2] = {(uint32_t)size, (uint32_t)(size >> 32)}, *w = r.word;
+    for (uint32_t k = 1; k < 624; k++) w[k] = 1812433253u * (w[k - 1] ^ w[k - 1] >> 30) + k;
+    for (int k = 0; k < 624 + 623; k++) {       // round words 1 to 623 twice, from 1 to 1 and on
+        int i = k % 623 + 1, j = key[1] ? k % 2 : 0;
+        uint32_t before = w[k && i == 1 ? 623 : i - 1], mixed = before ^ before >> 30;
+        if (k < 624) w[i] = (w[i] ^ mixed * 1664525u) + key[j] + (uint32_t)j;
+        else w[i] = (w[i] ^ mixed * 1566083941u) - (uint32_t)i;
     }
     w[0] = 0x80000000u;
-    r->at = 624;
+    return r;
 }
 
 static uint32_t python_word(PythonRandom *r) {
     uint32_t *w = r->word;
-    if (r->at == 624) {
-        for (int i = 0; i < 624; i++) {
-            uint32_t y = (w[i] & 0x80000000u) | (w[(i + 1) % 624] & 0x7fffffffu);
-            w[i] = w[(i + 397) % 624] ^ (y >> 1) ^ (y & 1 ? 0x9908b0dfu : 0);
-        }
-        r->at = 0;
-    }
-    uint32_t y = w[r->at++];
+    int i = r->at, next = (i + 1) % 624;
+    uint32_t y = (w[i] & 0x80000000u) | (w[next] & 0x7fffffffu);
+    y = w[i] = w[(i + 397) % 624] ^ y >> 1 ^ (y & 1 ? 0x9908b0dfu : 0);
+    r->at = next;
     y ^= y >> 11;
-    y ^= (y << 7) & 0x9d2c5680u;
-    y ^= (y << 15) & 0xefc60000u;
-    return y ^ (y >> 18);
+    y ^= y << 7 & 0x9d2c5680u;
+    y ^= y << 15 & 0xefc60000u;
+    return y ^ y >> 18;
 }
 
-// random.shuffle: Fisher-Yates from the top, each index drawn by rejection on getrandbits.
-static void python_shuffle(PythonRandom *r, int *item, int n) {
-    for (int i = n - 1; i > 0; i--) {
-        int bits = 0;
-        while ((i + 1) >> bits) bits++;
-        int j;
-        do j = (int)(python_word(r) >> (32 - bits));
-        while (j > i);
-        int swapped = item[i];
-        item[i] = item[j];
-        item[j] = swapped;
-    }
-}
-
-// The interventions. Each builder fills in the middle lo <= i < hi of a model of T layers; the
-// layers before and behind stay in place. For drop and swap the middle is the layers they name.
-static void build_nothing(Schedule *s, int lo, int hi, int T, int64_t argument) {
-    (void)s, (void)lo, (void)hi, (void)T, (void)argument;
-}
-
-static void build_repeat(Schedule *s, int lo, int hi, int T, int64_t argument) {
+// The interventions. Each builder fills in the middle lo <= i < hi of the T = s->n_layers layers;
+// those before and behind stay in place. For drop and swap the middle is the layers they name.
+static void build_repeat(Schedule *s, int lo, int hi, int64_t argument) {
     (void)argument;
-    for (int i = lo; i < hi; i++) schedule_add(s, T / 2, false);
+    for (int i = lo; i < hi; i++) schedule_add(s, s->n_layers / 2, false);
 }
 
-static void build_reverse(Schedule *s, int lo, int hi, int T, int64_t argument) {
-    (void)T, (void)argument;
+static void build_reverse(Schedule *s, int lo, int hi, int64_t argument) {
+    (void)argument;
     for (int i = hi - 1; i >= lo; i--) schedule_add(s, i, false);
 }
 
-static void build_random(Schedule *s, int lo, int hi, int T, int64_t seed) {
-    (void)T;
-    PythonRandom r;
-    python_seed(&r, seed);
-    int *order = allocate(hi - lo, sizeof *order, "schedule");
-    for (int i = lo; i < hi; i++) order[i - lo] = i;
-    python_shuffle(&r, order, hi - lo);
-    for (int i = lo; i < hi; i++) schedule_add(s, order[i - lo], false);
-    release(order);
+// random.shuffle: Fisher-Yates from the top, each index drawn by rejection on getrandbits.
+static void build_random(Schedule *s, int lo, int hi, int64_t seed) {
+    PythonRandom r = python_seed(seed);
+    for (int i = lo; i < hi; i++) schedule_add(s, i, false);
+    int *middle = s->layer + s->n_slots - (hi - lo);
+    for (int i = hi - lo - 1; i > 0; i--) {
+        int j, bits = 0;
+        while ((i + 1) >> bits) bits++;
+        do j = (int)(python_word(&r) >> (32 - bits));
+        while (j > i);
+        int swapped = middle[i];
+        middle[i] = middle[j];
+        middle[j] = swapped;
+    }
 }
 
-static void build_loop(Schedule *s, int lo, int hi, int T, int64_t times) {
-    (void)T;
+static void build_loop(Schedule *s, int lo, int hi, int64_t times) {
     for (int64_t turn = 0; turn < times; turn++) {
         for (int i = lo; i < hi; i++) schedule_add(s, i, i > lo);
     }
@@ -389,19 +334,19 @@ typedef struct {
     int range;
     const char *argument_flag;  // a second number: its flag, lowest and highest value, default
     int64_t lowest, highest, standard;
-    void (*build)(Schedule *s, int lo, int hi, int T, int64_t argument);
+    void (*build)(Schedule *s, int lo, int hi, int64_t argument);     // NULL: leaves the middle out
     const char *help;
 } Intervention;
 
 static const Intervention interventions[] = {
-    {"skip", MIDDLE, NULL, 0, 0, -1, build_nothing, "skip the middle layers S < i < T-S"},
+    {"skip", MIDDLE, NULL, 0, 0, -1, NULL, "skip the middle layers S < i < T-S"},
     {"repeat", MIDDLE, NULL, 0, 0, -1, build_repeat, "run layer T/2 in place of each middle layer"},
     {"reverse", MIDDLE, NULL, 0, 0, -1, build_reverse, "run the middle layers last to first"},
-    {"random", MIDDLE, "seed", -INT64_MAX, INT64_MAX, 0, build_random,
-     "shuffle the middle layers as Python's random.seed(K) does"},
+    {"random", MIDDLE, "seed", (int64_t)-9.2e18, (int64_t)9.2e18, 0, build_random,
+     "shuffle the middle layers as Python's random.seed(N) does (default 0)"},
     {"parallel", MIDDLE, NULL, 1, 1, 1, build_loop, "run the middle layers as one averaged step"},
-    {"loop", MIDDLE, "times", 1, 100000, 3, build_loop, "that step R times (looped parallel)"},
-    {"drop", ONE, NULL, 0, 0, -1, build_nothing, "leave out one layer"},
+    {"loop", MIDDLE, "times", 1, 100000, 3, build_loop, "that step N times (default 3)"},
+    {"drop", ONE, NULL, 0, 0, -1, NULL, "leave out one layer"},
     {"swap", TWO, NULL, 0, 0, -1, build_reverse, "exchange layers K and K+1"},
 };
 enum { N_INTERVENTIONS = sizeof interventions / sizeof *interventions };
@@ -415,38 +360,31 @@ static int64_t largest_start(const Intervention *v, int T) {
 // no such start.
 static Schedule schedule_build(const Intervention *v, int T, int64_t start, int64_t argument) {
     Schedule s = {.n_layers = T, .method = v ? v->name : "baseline", .start = v ? start : -1,
-                  .argument = -1};
+                  .argument = v && v->argument_flag ? argument : -1};
     int lo = T, hi = T;
     if (v) {
         int64_t most = largest_start(v, T);
         if (most < 0) die("--%s: a model of %d layers leaves nothing to change", v->name, T);
         if (start < 0 || start > most) {
-            die("--%s: %lld is out of range for a model of %d layers; allowed are 0 to %lld%s",
-                v->name, (long long)start, T, (long long)most,
-                v->range == MIDDLE ? " (S must leave a middle layer, S < i < T-S)" : "");
+            die("--%s: %lld is out of range; with %d layers, allowed are 0 to %lld", v->name,
+                (long long)start, T, (long long)most);
         }
-        if (v->argument_flag && (argument < v->lowest || argument > v->highest)) {
-            die("--%s: %lld is out of range; allowed are %lld to %lld", v->argument_flag,
-                (long long)argument, (long long)v->lowest, (long long)v->highest);
-        }
-        if (v->argument_flag) s.argument = argument;
         lo = (int)start + (v->range == MIDDLE);
         hi = v->range == MIDDLE ? T - (int)start : lo + (v->range == ONE ? 1 : 2);
     }
     for (int i = 0; i < lo; i++) schedule_add(&s, i, false);
-    if (v) v->build(&s, lo, hi, T, v->argument_flag ? argument : v->standard);
+    if (v && v->build) v->build(&s, lo, hi, v->argument_flag ? argument : v->standard);
     for (int i = hi; i < T; i++) schedule_add(&s, i, false);
     return s;
 }
 
-// The --path grammar, one function per rule; `at` walks the text.
+// The --path grammar; `at` walks the text.
 //   path   = step { space step }
 //   step   = ( range | layers | group ) [ "*" count ]     "*" only on a single layer or a group
 //   range  = layer "-" layer                              layers = layer { "|" layer }
 //   group  = "(" (range | layer) { "|" (range | layer) } ")"
 typedef struct {
     const char *text, *at, *place;      // place: what to call it in errors
-    int n_layers;
 } PathReader;
 
 _Noreturn static void path_error(const PathReader *r, const char *expected) {
@@ -454,81 +392,53 @@ _Noreturn static void path_error(const PathReader *r, const char *expected) {
         expected);
 }
 
-static int64_t path_number(PathReader *r, const char *expected, int64_t lo, int64_t hi) {
-    const char *from = r->at;
+static int path_number(PathReader *r, const char *what, int lo, int hi) {
     int64_t n = 0;
-    if (*r->at < '0' || *r->at > '9') path_error(r, expected);
-    for (; *r->at >= '0' && *r->at <= '9'; r->at++) {
-        if (n <= hi) n = n * 10 + (*r->at - '0');
-    }
-    if (n < lo || n > hi) {
-        r->at = from;
-        path_error(r, expected);
-    }
-    return n;
-}
-
-static int path_layer(PathReader *r) {
+    size_t digits = strspn(r->at, "0123456789");
+    for (size_t i = 0; i < digits && n <= hi; i++) n = n * 10 + (r->at[i] - '0');
     char expected[64];
-    snprintf(expected, sizeof expected, "a layer, 0 to %d", r->n_layers - 1);
-    return (int)path_number(r, expected, 0, r->n_layers - 1);
+    snprintf(expected, sizeof expected, "%s, %d to %d", what, lo, hi);
+    if (!digits || n < lo || n > hi) path_error(r, expected);
+    r->at += digits;
+    return (int)n;
 }
 
-// Adds `layer` or `layer "-" layer`, all its layers to the step that is open (parallel) or one step
-// each; the first of them opens a step where `opens` says so. True if it was a range.
-static bool path_range(PathReader *r, Schedule *s, bool opens, bool parallel) {
-    int from = path_layer(r), to = from;
-    bool range = *r->at == '-';
-    if (range) {
-        r->at++;
-        to = path_layer(r);
-    }
-    for (int i = from;; i += from < to ? 1 : -1) {
-        schedule_add(s, i, parallel && !(opens && i == from));
-        if (i == to) return range;
-    }
+static bool path_take(PathReader *r, char c) {
+    if (*r->at != c) return false;
+    r->at++;
+    return true;
 }
 
 static void path_step(PathReader *r, Schedule *s) {
     int64_t from = s->n_slots;
-    bool repeatable = true;             // a single layer or a group
-    if (*r->at == '(') {
-        do {
-            r->at++;
-            path_range(r, s, s->n_slots == from, true);
-        } while (*r->at == '|');
-        if (*r->at++ != ')') {
-            r->at--;
-            path_error(r, "\"|\", \"-\" or \")\" inside a group");
+    bool group = path_take(r, '('), range = false;
+    do {
+        int i = path_number(r, "a layer", 0, s->n_layers - 1), to = i;
+        if ((group || s->n_slots == from) && path_take(r, '-')) {
+            range = true;
+            to = path_number(r, "a layer", 0, s->n_layers - 1);
         }
-    } else if (path_range(r, s, true, false)) {
-        repeatable = false;
-    } else {
-        while (*r->at == '|') {
-            r->at++;
-            schedule_add(s, path_layer(r), true);
-            repeatable = false;
+        for (int way = i < to ? 1 : -1; i != to + way; i += way) {
+            schedule_add(s, i, s->n_slots > from && (group || !range));
         }
+    } while ((group || !range) && path_take(r, '|'));
+    if (group && !path_take(r, ')')) path_error(r, "\"|\", \"-\" or \")\" inside a group");
+    int64_t n = s->n_slots - from;
+    if (*r->at == '*' && !group && (range || n > 1)) {
+        path_error(r, "a space or the end (\"*\" follows a layer or a (group) only)");
     }
-    if (*r->at != '*') return;
-    if (!repeatable) path_error(r, "a space or the end (\"*\" follows a layer or a (group) only)");
-    r->at++;
-    int64_t n = s->n_slots - from, times = path_number(r, "a count, 1 to 1000000", 1, MAX_SLOTS);
-    for (int64_t turn = 1; turn < times; turn++) {
-        for (int64_t i = 0; i < n; i++) schedule_add(s, s->layer[from + i], i > 0);
-    }
+    int times = path_take(r, '*') ? path_number(r, "a count", 1, MAX_SLOTS) : 1;
+    for (int64_t i = 0; i < n * (times - 1); i++) schedule_add(s, s->layer[from + i], i % n > 0);
 }
 
 // The schedule that a --path text writes down, for a model of T layers; `place` names it in errors.
 static Schedule schedule_parse(const char *text, int T, const char *place) {
     Schedule s = {.n_layers = T, .method = "path", .start = -1, .argument = -1};
-    PathReader r = {text, text, place, T};
-    for (;;) {
-        path_step(&r, &s);
-        if (!*r.at) return s;
-        if (*r.at != ' ') path_error(&r, "a space, or the end of the path");
-        r.at++;
+    PathReader r = {text, text, place};
+    for (path_step(&r, &s); *r.at; path_step(&r, &s)) {
+        if (!path_take(&r, ' ')) path_error(&r, "a space, or the end of the path");
     }
+    return s;
 }
 
 // The schedule as --show prints it and --path reads it: `0 1 2|3|4 5`. The caller releases it.
@@ -553,36 +463,36 @@ enum { ROPE_HALVES = 1, ROPE_PAIRS = 2 };   // rotate (i, i + head_dim/2), or (2
 typedef struct Tokenizer Tokenizer;
 
 typedef struct {                // one layer; biases and *_bias are BERT's alone
-    Tensor q, k, v, o;          // [heads * head_dim, dim], twice [kv_heads * head_dim, dim], [dim, ..]
+    Tensor q, k, v, o;          // [heads * head_dim, dim], [kv_heads * head_dim, dim] x2, [dim, *]
     Tensor gate, up, down;      // [hidden, dim] twice, [dim, hidden]; BERT has no gate
-    float *attn_norm, *ffn_norm;                        // [dim]
-    float *attn_norm_bias, *ffn_norm_bias;              // [dim]
+    float *attn_norm, *ffn_norm, *attn_norm_bias, *ffn_norm_bias;       // [dim]
     float *q_bias, *k_bias, *v_bias, *o_bias, *up_bias, *down_bias;
 } Layer;
 
 typedef struct {                // a linear classifier on BERT's pooled output
-    char *name;
+    char name[56];
     Tensor weight;              // [labels, dim]
     float *bias;                // [labels]
     bool regression;
     int n_labels;
-    char **labels;              // label names in the order of the outputs
+    const char **labels;        // label names in the order of the outputs
 } Head;
 
 typedef struct {
     const char *path;
-    const unsigned char *file;  // the whole file, read-only
+    const unsigned char *file;              // the whole file, read-only
     int64_t bytes;
-    bool mapped;
-    int arch, dim, hidden, n_layers, n_heads, n_kv_heads, head_dim, vocab_size, max_length;
-    int n_segments;             // BERT's token types
-    int rope;                   // ROPE_HALVES (Hugging Face) or ROPE_PAIRS (Meta, llama2.c)
+    int arch;                               // LLAMA or BERT
+    // From here to head_dim as in the file, byte 64 on.
+    int dim, hidden, n_layers, n_heads, n_kv_heads, vocab_size, max_length;
+    int n_segments;                         // BERT's token types
+    int rope;                               // ROPE_HALVES (Hugging Face) or ROPE_PAIRS (Meta)
     float rope_theta, norm_eps;
+    int tokenizer_kind;
     int bos, eos, unk, pad, mask;           // token ids, -1 where there is none; BERT: [CLS], [SEP]
-    int tokenizer_kind, n_tensors;
-    const unsigned char *table;             // n_tensors entries of 96 bytes
-    const char *meta;                       // lines "key <TAB> value"
-    int64_t meta_bytes;
+    int flags, head_dim, n_tensors, n_heads_named;
+    Tensor *tensors;                        // [n_tensors] in the order of the file's table
+    char *notes;                            // strings "key <TAB> value", the last one is empty
     Tensor embed;                           // [vocab, dim]
     Tensor output;                          // Llama: the head, [vocab, dim]; `embed` where tied
     float *norm;                            // Llama: the final norm, [dim]
@@ -592,29 +502,27 @@ typedef struct {
     Tensor pooler, mlm, mlm_out;            // BERT: [dim, dim] twice, [vocab, dim]
     float *pooler_bias, *mlm_bias, *mlm_norm, *mlm_norm_bias, *mlm_out_bias;
     Layer *layers;                          // [n_layers]
-    Head *heads;
-    int n_heads_named;
-    int64_t heads_capacity;
+    Head *heads;                            // [n_heads_named]
     float *rope_frequency;                  // Llama: [head_dim / 2], radians per position
     Tokenizer *tokenizer;                   // NULL where the file has none
-    int last_found;                         // where the last look-up in the tensor table ended
+    void **own;                             // [n_own]: what model_free() gives back
+    int64_t n_own, own_capacity;
 } Model;
 
-// Little-endian fields of the file, whatever their alignment. A big-endian machine is refused when
-// the file is opened, since the weights are used as they lie.
+// allocate(), for as long as the model lives.
+static void *model_allocate(Model *m, int64_t count, int64_t size, const char *what) {
+    m->own = grow(m->own, &m->own_capacity, m->n_own + 1, sizeof *m->own, "model");
+    return m->own[m->n_own++] = allocate(count, size, what);
+}
+
+// Fields of the file, which is little-endian, at any alignment. Weights are used as they lie.
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "model files are little-endian");
 static uint32_t read_u32(const unsigned char *p) {
     return p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
 }
 
-static uint64_t read_u64(const unsigned char *p) {
-    return read_u32(p) | (uint64_t)read_u32(p + 4) << 32;
-}
-
-static float read_f32(const unsigned char *p) {
-    uint32_t bits = read_u32(p);
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
+static int64_t read_i64(const unsigned char *p) {
+    return (int64_t)(read_u32(p) | (uint64_t)read_u32(p + 4) << 32);
 }
 
 // CRC-32 as zlib computes it, of the header with the checksum's own field taken as zero.
@@ -632,291 +540,229 @@ static void model_map(Model *m) {
 #ifdef _WIN32
     m->file = (unsigned char *)read_file(m->path, &m->bytes);
 #else
-    int fd = open(m->path, O_RDONLY);
     struct stat info;
-    if (fd < 0 || fstat(fd, &info)) {
-        die("%s: cannot be opened: %s; check the path", m->path, strerror(errno));
+    void *p = MAP_FAILED;
+    int fd = open(m->path, O_RDONLY);
+    if (fd >= 0 && !fstat(fd, &info)) {
+        errno = EINVAL;                         // of a folder, a pipe, an empty file
+        m->bytes = S_ISREG(info.st_mode) ? info.st_size : 0;
+        if (m->bytes) p = mmap(NULL, (size_t)m->bytes, PROT_READ, MAP_SHARED, fd, 0);
     }
-    if (!S_ISREG(info.st_mode)) die("%s: is not a regular file; name a model file", m->path);
-    m->bytes = info.st_size;
-    if ((uint64_t)info.st_size > SIZE_MAX) {
-        die("%s: %.1f GB cannot be addressed by this machine; use a 64-bit one", m->path,
-            (double)info.st_size / 1e9);
+    if (p == MAP_FAILED) {
+        die("%s: no regular file that can be mapped: %s; name a model", m->path, strerror(errno));
     }
-    if (m->bytes > 0) {
-        void *p = mmap(NULL, (size_t)m->bytes, PROT_READ, MAP_SHARED, fd, 0);
-        if (p == MAP_FAILED) {
-            die("%s: cannot be mapped: %s; free memory or address space (ulimit -v)", m->path,
-                strerror(errno));
-        }
-        m->file = p;
-        m->mapped = true;
-    }
+    m->file = p;
     close(fd);
 #endif
 }
 
+static void need(const Model *m, bool good, const char *place, const char *fault) {
+    if (!good) die("%s: %s: %s; export the model again", m->path, place, fault);
+}
+
+// Do n bytes at `at` lie within the first `bytes`?
+static bool within(int64_t at, int64_t n, int64_t bytes) {
+    return at >= 0 && n >= 0 && at <= bytes && n <= bytes - at;
+}
+
 static int64_t stored_bytes(int type, int64_t rows, int64_t cols) {
-    int64_t n = rows * cols;
-    if (type == F32) return n * 4;
-    if (type == F16 || type == BF16) return n * 2;
-    return (n + 63) / 64 * 64 + rows * ((cols + 31) / 32) * 2;
+    if (type == Q8) return (rows * cols + 63) / 64 * 64 + rows * ((cols + 31) / 32) * 2;
+    return rows * cols * (type == F32 ? 4 : 2);
 }
 
-static _Noreturn void bad_file(const Model *m, const char *place, const char *fault) {
-    die("%s: %s: %s; export the model again", m->path, place, fault);
+static const char *tensor_name(const Model *m, int i) {
+    return (const char *)m->file + 192 + 96 * (int64_t)i;
 }
 
-// A header field that must lie in lo..hi.
-static int header_field(const Model *m, int offset, const char *name, int64_t lo, int64_t hi) {
-    int64_t v = (int32_t)read_u32(m->file + offset);
-    if (v < lo || v > hi) {
-        die("%s: byte %d: %s is %lld, allowed are %lld to %lld; export the model again", m->path,
-            offset, name, (long long)v, (long long)lo, (long long)hi);
-    }
-    return (int)v;
-}
-
-// Reads and checks the fixed part of the header, the tensor table and the places of the sections.
+// Reads and checks the header: its fields, the tensor table and the places of the sections.
 static void model_header(Model *m) {
     const unsigned char *f = m->file;
-    const union { uint16_t word; unsigned char byte[2]; } endian = {1};
-    if (!endian.byte[0]) die("%s: model files are little-endian, this machine is not", m->path);
-    if (m->bytes < 192 || memcmp(f, "PAINTERS", 8)) {
-        die("%s: byte 0: not a painters model file; make one with: python3 export.py model SOURCE "
-            "OUT.bin", m->path);
+    need(m, m->bytes >= 192 && !memcmp(f, "PAINTERS", 8), "byte 0", "not a painters model file");
+    need(m, read_u32(f + 8) == 1, "byte 8", "not of version 1, which this program reads");
+    need(m, read_i64(f + 16) == m->bytes, "byte 16", "the file is cut off, or too long");
+    int64_t header = read_i64(f + 24), text = read_i64(f + 48), text_bytes = read_i64(f + 56);
+    int64_t notes = read_i64(f + 144), notes_bytes = read_i64(f + 152);
+    need(m, header >= 192 && header <= m->bytes && header % 64 == 0, "byte 24",
+         "the header's length is wrong");
+    need(m, header_checksum(f, header) == read_u32(f + 32), "byte 32",
+         "the header's checksum is wrong: the file is damaged");
+    m->n_tensors = (int)read_u32(f + 36);
+    need(m, read_i64(f + 40) == 192 && m->n_tensors > 0 && m->n_tensors <= (header - 192) / 96 &&
+         within(text, text_bytes, header) && within(notes, notes_bytes, header), "byte 40",
+         "the tensor table, the tokenizer or the notes lie outside the header");
+    m->notes = model_allocate(m, notes_bytes + 2, 1, "notes");
+    memcpy(m->notes, f + notes, (size_t)notes_bytes);
+    for (char *p = m->notes; (p = strchr(p, '\n'));) *p++ = 0;
+    m->arch = (int)read_u32(f + 12);
+    need(m, m->arch == LLAMA || m->arch == BERT, "byte 12", "the architecture is unknown");
+    bool llama = m->arch == LLAMA;
+    _Static_assert(offsetof(Model, head_dim) - offsetof(Model, dim) == 18 * 4, "file's order");
+    memcpy((char *)m + offsetof(Model, dim), f + 64, 19 * 4);
+    int64_t ids = (int64_t)m->vocab_size - 1, any = 1LL << 32;
+    const struct { const char *name; int64_t lo, hi; } fields[19] = {
+        {"dim", 1, 1 << 20}, {"hidden", 1, 1 << 22}, {"n_layers", 1, 1 << 14},
+        {"n_heads", 1, 1 << 14}, {"n_kv_heads", 1, m->n_heads}, {"vocab_size", 1, 1 << 24},
+        {"max_length", 1, 1 << 24}, {"n_segments", !llama, 1 << 10},
+        {"rope_pairs", llama, 2 * llama}, {"rope_theta", -any, any}, {"norm_eps", -any, any},
+        {"tokenizer", 0, 2},
+        {"bos", -1, ids}, {"eos", -1, ids}, {"unk", -1, ids}, {"pad", -1, ids}, {"mask", -1, ids},
+        {"flags", -any, any}, {"head_dim", 1, 1 << 16}};
+    for (int i = 0; i < 19; i++) {
+        int v = (int)read_u32(f + 64 + 4 * i);
+        if (v >= fields[i].lo && v <= fields[i].hi) continue;
+        die("%s: byte %d: %s is %d, allowed are %lld to %lld; export the model again", m->path,
+            64 + 4 * i, fields[i].name, v, (long long)fields[i].lo, (long long)fields[i].hi);
     }
-    if (read_u32(f + 8) != 1) {
-        die("%s: byte 8: version %u, this program reads version 1; export the model again",
-            m->path, read_u32(f + 8));
-    }
-    if (read_u64(f + 16) != (uint64_t)m->bytes) {
-        die("%s: byte 16: the file should have %llu bytes and has %lld; copy or export it again",
-            m->path, (unsigned long long)read_u64(f + 16), (long long)m->bytes);
-    }
-    uint64_t header = read_u64(f + 24), table = read_u64(f + 40), text = read_u64(f + 48);
-    uint64_t text_bytes = read_u64(f + 56), meta = read_u64(f + 144), meta_bytes = read_u64(f + 152);
-    if (header < 192 || header > (uint64_t)m->bytes || header % 64) {
-        bad_file(m, "byte 24", "the header's length is wrong");
-    }
-    if (header_checksum(f, (int64_t)header) != read_u32(f + 32)) {
-        bad_file(m, "byte 32", "the header's checksum is wrong: the file is damaged");
-    }
-    m->n_tensors = header_field(m, 36, "the number of tensors", 1, 1 << 20);
-    if (table != 192 || (header - 192) / 96 < (uint64_t)m->n_tensors) {
-        bad_file(m, "byte 40", "the tensor table lies outside the header");
-    }
-    if (text > header || text_bytes > header - text || meta > header || meta_bytes > header - meta) {
-        bad_file(m, "byte 48", "the tokenizer or the notes lie outside the header");
-    }
-    m->table = f + table;
-    m->meta = (const char *)f + meta;
-    m->meta_bytes = (int64_t)meta_bytes;
-    m->arch = header_field(m, 12, "the architecture", LLAMA, BERT);
-    m->dim = header_field(m, 64, "dim", 1, 1 << 20);
-    m->hidden = header_field(m, 68, "hidden", 1, 1 << 22);
-    m->n_layers = header_field(m, 72, "the number of layers", 1, 1 << 14);
-    m->n_heads = header_field(m, 76, "the number of heads", 1, 1 << 14);
-    m->n_kv_heads = header_field(m, 80, "the number of key/value heads", 1, m->n_heads);
-    m->vocab_size = header_field(m, 84, "the vocabulary", 1, 1 << 24);
-    m->max_length = header_field(m, 88, "the context length", 1, 1 << 24);
-    m->n_segments = header_field(m, 92, "the number of segments", m->arch == BERT, 1 << 10);
-    m->rope = header_field(m, 96, "the rotary layout", m->arch == LLAMA, m->arch == LLAMA ? 2 : 0);
-    m->rope_theta = read_f32(f + 100);
-    m->norm_eps = read_f32(f + 104);
-    m->tokenizer_kind = header_field(m, 108, "the kind of tokenizer", 0, 2);
-    int *special[] = {&m->bos, &m->eos, &m->unk, &m->pad, &m->mask};
-    for (int i = 0; i < 5; i++) {
-        *special[i] = header_field(m, 112 + 4 * i, "a special token", -1, m->vocab_size - 1);
-    }
-    m->head_dim = header_field(m, 136, "head_dim", 1, 1 << 16);
-    if (m->n_heads % m->n_kv_heads) {
-        bad_file(m, "byte 80", "the heads are not a multiple of the key/value heads");
-    }
-    if (m->arch == LLAMA && (m->head_dim % 2 || !(m->rope_theta > 0 && m->rope_theta < 1e30f))) {
-        bad_file(m, "byte 100", "head_dim is odd or the rotary base is not a positive number");
-    }
-    if (m->arch == BERT && (int64_t)m->n_heads * m->head_dim != m->dim) {
-        bad_file(m, "byte 136", "BERT's heads do not add up to dim");
-    }
-    if (!(m->norm_eps >= 0 && m->norm_eps < 1)) bad_file(m, "byte 104", "the norm's epsilon is wrong");
-    if ((m->tokenizer_kind != 0) != (text_bytes != 0)) {
-        bad_file(m, "byte 108", "there is a tokenizer without a kind, or a kind without a tokenizer");
-    }
-    int64_t end = (int64_t)header;
-    for (int i = 0; i < m->n_tensors; i++) {    // every entry: known type, in order, inside the file
-        const unsigned char *e = m->table + 96 * (int64_t)i;
-        uint32_t type = read_u32(e + 56), rank = read_u32(e + 60);
-        uint64_t rows = read_u64(e + 64), cols = read_u64(e + 72);
-        uint64_t offset = read_u64(e + 80), bytes = read_u64(e + 88);
-        if (e[55] || type >= N_TYPES || rank < 1 || rank > 2 || (rank == 1 && rows != 1) ||
-            rows < 1 || cols < 1 || rows > 1 << 30 || cols > 1 << 30 || offset % 64 ||
-            offset < (uint64_t)end || offset > (uint64_t)m->bytes ||
-            bytes > (uint64_t)m->bytes - offset ||
-            bytes != (uint64_t)stored_bytes((int)type, (int64_t)rows, (int64_t)cols)) {
-            die("%s: tensor %d (%.50s): its type, shape or place is wrong; export the model again",
-                m->path, i, (const char *)e);
-        }
-        end = (int64_t)(offset + bytes);
+    need(m, m->n_heads % m->n_kv_heads == 0 && m->norm_eps >= 0 && m->norm_eps < 1 &&
+         (llama ? m->head_dim % 2 == 0 && m->rope_theta > 0 && m->rope_theta < 1e30f
+                : (int64_t)m->n_heads * m->head_dim == m->dim), "byte 64",
+         "n_heads, n_kv_heads, head_dim, dim, norm_eps and rope_theta cannot all be right");
+    need(m, !m->tokenizer_kind == !text_bytes, "byte 108",
+         "a tokenizer without a kind, or the reverse");
+    m->tensors = model_allocate(m, m->n_tensors, sizeof *m->tensors, "tensors");
+    int64_t end = header;
+    for (int i = 0; i < m->n_tensors; i++) {    // of known types, in order, inside the file
+        const unsigned char *e = (const unsigned char *)tensor_name(m, i);
+        int64_t rank = read_u32(e + 60), rows = read_i64(e + 64), cols = read_i64(e + 72);
+        int64_t at = read_i64(e + 80), bytes = read_i64(e + 88);
+        uint32_t type = read_u32(e + 56);
+        need(m, !e[55], "byte 192", "a tensor's name does not end");
+        need(m, type < N_TYPES && (rank == 2 || (rank == 1 && rows == 1)) && rows >= 1 &&
+             cols >= 1 && rows <= 1 << 30 && cols <= 1 << 30 && at >= end && at % 64 == 0 &&
+             bytes == stored_bytes((int)type, rows, cols) && within(at, bytes, m->bytes),
+             (const char *)e, "the tensor's type, shape or place is wrong");
+        m->tensors[i] = (Tensor){(int)type, rows, cols, f + at, NULL};
+        if (type == Q8) m->tensors[i].scale = (const void *)(f + at + (rows * cols + 63) / 64 * 64);
+        end = at + bytes;
     }
 }
 
-// Finds a tensor by name; NULL where the file has none. The look-up goes on from where the last
-// ended, so reading all tensors in order is linear.
-static const unsigned char *model_find(Model *m, const char *name) {
+// Finds a tensor by name; NULL where the file has none.
+static const Tensor *model_find(const Model *m, const char *name) {
     for (int i = 0; i < m->n_tensors; i++) {
-        int at = (m->last_found + i) % m->n_tensors;
-        const unsigned char *e = m->table + 96 * (int64_t)at;
-        if (strcmp((const char *)e, name)) continue;
-        m->last_found = at + 1;
-        return e;
+        if (!strcmp(tensor_name(m, i), name)) return &m->tensors[i];
     }
     return NULL;
 }
 
-// The tensor of that name, which must have that shape.
-static Tensor model_tensor(Model *m, const char *name, int64_t rows, int64_t cols) {
-    const unsigned char *e = model_find(m, name);
-    if (!e) die("%s: the tensor %s is missing; export the model again", m->path, name);
-    Tensor t = {(int)read_u32(e + 56), (int64_t)read_u64(e + 64), (int64_t)read_u64(e + 72),
-                m->file + read_u64(e + 80), NULL};
-    if (t.rows != rows || t.cols != cols) {
-        die("%s: tensor %s: its shape is %lld x %lld and should be %lld x %lld; export the model "
-            "again", m->path, name, (long long)t.rows, (long long)t.cols, (long long)rows,
-            (long long)cols);
+// The value of a line "key <TAB> value" of the file's notes; "" where there is none.
+static char *model_note(const Model *m, const char *key) {
+    size_t n = strlen(key);
+    char *p = m->notes;
+    for (; *p; p += strlen(p) + 1) {
+        if (!strncmp(p, key, n) && p[n] == '\t') return p + n + 1;
     }
-    if (t.type == Q8) {
-        t.scale = (const uint16_t *)((const char *)t.data + (rows * cols + 63) / 64 * 64);
-    }
-    return t;
+    return p;
 }
 
 static void widen(float *out, const Tensor *w, int64_t row);
 
-// A vector of that name, as float32 memory of our own.
-static float *model_vector(Model *m, const char *name, int64_t n) {
-    Tensor t = model_tensor(m, name, 1, n);
-    float *out = allocate(n, sizeof *out, name);
-    widen(out, &t, 0);
-    return out;
-}
+typedef struct {                // what to take from the file
+    const char *name;
+    void *to;                   // a Tensor; or, where rows = 0, a float *: the vector, widened
+    float **bias;               // BERT's NAME_bias; NULL: has none
+    int64_t rows, cols;
+    bool wanted;
+} Part;
 
-// The value of a line "key <TAB> value" of the file's notes, as a string of its own; NULL if absent.
-static char *model_note(const Model *m, const char *key) {
-    size_t n = strlen(key);
-    for (const char *p = m->meta, *end = m->meta + m->meta_bytes; p < end;) {
-        const char *stop = memchr(p, '\n', (size_t)(end - p));
-        if (!stop) stop = end;
-        if ((size_t)(stop - p) > n && !memcmp(p, key, n) && p[n] == '\t') {
-            Text t = {0};
-            text_add(&t, p + n + 1, stop - p - (int64_t)n - 1);
-            return t.s;
-        }
-        p = stop + 1;
-    }
-    return NULL;
-}
-
-// The tensors of a layer: a row each, so that reading and checking them is one loop.
-static void model_layer(Model *m, int i, Layer *l) {
-    int64_t d = m->dim, h = m->hidden, q = (int64_t)m->n_heads * m->head_dim;
-    int64_t kv = (int64_t)m->n_kv_heads * m->head_dim;
-    bool bert = m->arch == BERT;
-    const struct { const char *name; Tensor *matrix; float **vector; int64_t rows, cols; int arch; }
-    wanted[] = {
-        {"attn_norm", NULL, &l->attn_norm, 1, d, 0},  {"q", &l->q, NULL, q, d, 0},
-        {"k", &l->k, NULL, kv, d, 0},                 {"v", &l->v, NULL, kv, d, 0},
-        {"o", &l->o, NULL, d, q, 0},                  {"ffn_norm", NULL, &l->ffn_norm, 1, d, 0},
-        {"gate", &l->gate, NULL, h, d, LLAMA},        {"up", &l->up, NULL, h, d, 0},
-        {"down", &l->down, NULL, d, h, 0},            {"q_bias", NULL, &l->q_bias, 1, q, BERT},
-        {"k_bias", NULL, &l->k_bias, 1, kv, BERT},    {"v_bias", NULL, &l->v_bias, 1, kv, BERT},
-        {"o_bias", NULL, &l->o_bias, 1, d, BERT},     {"up_bias", NULL, &l->up_bias, 1, h, BERT},
-        {"down_bias", NULL, &l->down_bias, 1, d, BERT},
-        {"attn_norm_bias", NULL, &l->attn_norm_bias, 1, d, BERT},
-        {"ffn_norm_bias", NULL, &l->ffn_norm_bias, 1, d, BERT},
-    };
-    for (size_t j = 0; j < sizeof wanted / sizeof *wanted; j++) {
-        char name[64];
-        snprintf(name, sizeof name, "layers.%d.%s", i, wanted[j].name);
-        if (wanted[j].arch && (wanted[j].arch == BERT) != bert) continue;
-        if (wanted[j].matrix) {
-            *wanted[j].matrix = model_tensor(m, name, wanted[j].rows, wanted[j].cols);
+// Gives names to tensors: the n parts, as far as they are wanted, must be there in these shapes.
+static void model_parts(Model *m, const char *prefix, const Part *p, size_t n) {
+    for (; n; p++, n--) {
+        if (!p->wanted) continue;
+        char name[80];
+        snprintf(name, sizeof name, "%s%s", prefix, p->name);
+        const Tensor *t = model_find(m, name);
+        need(m, t && t->rows == (p->rows ? p->rows : 1) && t->cols == p->cols, name,
+             "the tensor is missing, or not of the shape that the header says");
+        if (p->rows) {
+            *(Tensor *)p->to = *t;
         } else {
-            *wanted[j].vector = model_vector(m, name, wanted[j].cols);
+            float *vector = *(float **)p->to = model_allocate(m, p->cols, sizeof *vector, name);
+            widen(vector, t, 0);
         }
+        if (!p->bias || m->arch != BERT) continue;
+        snprintf(name, sizeof name, "%s_bias", p->name);
+        Part bias = {name, p->bias, NULL, 0, p->rows ? p->rows : p->cols, true};
+        model_parts(m, prefix, &bias, 1);
     }
 }
 
 // Every tensor "heads.NAME.weight" is a classifier; its labels stand in the notes.
 static void model_heads(Model *m) {
+    m->heads = model_allocate(m, m->n_tensors, sizeof *m->heads, "classifiers");
     for (int i = 0; i < m->n_tensors; i++) {
-        const char *name = (const char *)m->table + 96 * (int64_t)i, *end = strstr(name, ".weight");
+        const char *name = tensor_name(m, i), *end = strstr(name, ".weight");
         if (strncmp(name, "heads.", 6) || !end || end[7] || end == name + 5) continue;
-        int64_t n = (int64_t)read_u64(m->table + 96 * (int64_t)i + 64);
-        if (n > 1 << 16) bad_file(m, name, "a classifier with over 65536 labels");
-        Head h = {.n_labels = (int)n, .weight = model_tensor(m, name, n, m->dim)};
-        Text key = {0};
-        text_add(&key, name + 6, end - name - 6);
-        h.name = copy_string(key.s);
-        key.n = 0;
-        text_printf(&key, "heads.%s.bias", h.name);
-        h.bias = model_vector(m, key.s, n);
-        key.n = 0;
-        text_printf(&key, "head.%s.kind", h.name);
-        char *kind = model_note(m, key.s);
-        h.regression = n == 1 || (kind && !strcmp(kind, "regress"));
-        key.n = 0;
-        text_printf(&key, "head.%s.labels", h.name);
-        char *labels = model_note(m, key.s), *rest = labels;
-        h.labels = allocate(n, sizeof *h.labels, "label names");
-        for (int j = 0; j < h.n_labels; j++) {
-            char *bar = rest ? strchr(rest, '|') : NULL;
-            if (bar) *bar = 0;
-            h.labels[j] = copy_string(rest ? rest : "");
-            rest = bar ? bar + 1 : NULL;
+        int64_t n = m->tensors[i].rows;
+        need(m, n <= 1 << 16, name, "a classifier with over 65536 labels");
+        Head *h = &m->heads[m->n_heads_named++];
+        char key[80];
+        snprintf(h->name, sizeof h->name, "%.*s", (int)(end - name - 6), name + 6);
+        snprintf(key, sizeof key, "heads.%s.", h->name);
+        const Part parts[] = {{"weight", &h->weight, NULL, n, m->dim, true},
+                              {"bias", &h->bias, NULL, 0, n, true}};
+        model_parts(m, key, parts, 2);
+        snprintf(key, sizeof key, "head.%s.kind", h->name);
+        h->regression = n == 1 || !strcmp(model_note(m, key), "regress");
+        snprintf(key, sizeof key, "head.%s.labels", h->name);
+        h->n_labels = (int)n;
+        h->labels = model_allocate(m, n, sizeof *h->labels, "label names");
+        char *label = model_note(m, key);
+        for (int j = 0; j < n; j++) {
+            h->labels[j] = label;
+            label += strcspn(label, "|");
+            if (*label) *label++ = 0;
         }
-        m->heads = grow(m->heads, &m->heads_capacity, m->n_heads_named + 1, sizeof h, "heads");
-        m->heads[m->n_heads_named++] = h;
-        release(labels);
-        release(kind);
-        release(key.s);
     }
 }
 
 // Gives names to the tensors of an opened file.
 static void model_weights(Model *m) {
-    int64_t d = m->dim, vocab = m->vocab_size, length = m->max_length;
-    m->embed = model_tensor(m, "embed", vocab, d);
-    m->layers = allocate(m->n_layers, sizeof *m->layers, "layers");
-    for (int i = 0; i < m->n_layers; i++) model_layer(m, i, &m->layers[i]);
-    if (m->arch == LLAMA) {
-        m->norm = model_vector(m, "norm", d);
-        m->output = model_find(m, "head") ? model_tensor(m, "head", vocab, d) : m->embed;
-        m->rope_frequency = allocate(m->head_dim / 2, sizeof(float), "rotary frequencies");
-        for (int i = 0; i < m->head_dim / 2; i++) {     // float32 steps, as Hugging Face takes them
-            m->rope_frequency[i] = 1.0f / powf(m->rope_theta, (float)(2 * i) / (float)m->head_dim);
-        }
-        return;
+    int64_t d = m->dim, h = m->hidden, vocab = m->vocab_size;
+    int64_t q = (int64_t)m->n_heads * m->head_dim, kv = (int64_t)m->n_kv_heads * m->head_dim;
+    bool bert = m->arch == BERT, head = !bert && model_find(m, "head");
+    bool pooler = bert && model_find(m, "pooler"), mlm = bert && model_find(m, "mlm");
+    const Part parts[] = {
+        {"embed", &m->embed, NULL, vocab, d, true},
+        {"norm", &m->norm, NULL, 0, d, !bert},
+        {"head", &m->output, NULL, vocab, d, head},
+        {"positions", &m->positions, NULL, m->max_length, d, bert},
+        {"segments", &m->segments, NULL, m->n_segments, d, bert},
+        {"embed_norm", &m->embed_norm, &m->embed_norm_bias, 0, d, bert},
+        {"pooler", &m->pooler, &m->pooler_bias, d, d, pooler},
+        {"mlm", &m->mlm, &m->mlm_bias, d, d, mlm},
+        {"mlm_norm", &m->mlm_norm, &m->mlm_norm_bias, 0, d, mlm},
+        {"mlm_out", &m->mlm_out, NULL, vocab, d, mlm && model_find(m, "mlm_out")},
+        {"mlm_out_bias", &m->mlm_out_bias, NULL, 0, vocab, mlm},
+    };
+    model_parts(m, "", parts, sizeof parts / sizeof *parts);
+    if (!head) m->output = m->embed;
+    if (!m->mlm_out.data) m->mlm_out = m->embed;
+    m->has_pooler = pooler;
+    m->has_mlm = mlm;
+    m->layers = model_allocate(m, m->n_layers, sizeof *m->layers, "layers");
+    for (int i = 0; i < m->n_layers; i++) {
+        Layer *l = &m->layers[i];
+        char prefix[32];
+        snprintf(prefix, sizeof prefix, "layers.%d.", i);
+        const Part own[] = {
+            {"attn_norm", &l->attn_norm, &l->attn_norm_bias, 0, d, true},
+            {"q", &l->q, &l->q_bias, q, d, true},
+            {"k", &l->k, &l->k_bias, kv, d, true},
+            {"v", &l->v, &l->v_bias, kv, d, true},
+            {"o", &l->o, &l->o_bias, d, q, true},
+            {"ffn_norm", &l->ffn_norm, &l->ffn_norm_bias, 0, d, true},
+            {"gate", &l->gate, NULL, h, d, !bert},
+            {"up", &l->up, &l->up_bias, h, d, true},
+            {"down", &l->down, &l->down_bias, d, h, true},
+        };
+        model_parts(m, prefix, own, sizeof own / sizeof *own);
     }
-    m->positions = model_tensor(m, "positions", length, d);
-    m->segments = model_tensor(m, "segments", m->n_segments, d);
-    m->embed_norm = model_vector(m, "embed_norm", d);
-    m->embed_norm_bias = model_vector(m, "embed_norm_bias", d);
-    m->has_pooler = model_find(m, "pooler") != NULL;
-    m->has_mlm = model_find(m, "mlm") != NULL;
-    if (m->has_pooler) {
-        m->pooler = model_tensor(m, "pooler", d, d);
-        m->pooler_bias = model_vector(m, "pooler_bias", d);
+    if (bert) model_heads(m);
+    m->rope_frequency = model_allocate(m, m->head_dim / 2, sizeof(float), "rotary frequencies");
+    for (int i = 0; i < m->head_dim / 2; i++) {         // float32 steps, as Hugging Face takes them
+        m->rope_frequency[i] = 1.0f / powf(m->rope_theta, (float)(2 * i) / (float)m->head_dim);
     }
-    if (m->has_mlm) {
-        m->mlm = model_tensor(m, "mlm", d, d);
-        m->mlm_bias = model_vector(m, "mlm_bias", d);
-        m->mlm_norm = model_vector(m, "mlm_norm", d);
-        m->mlm_norm_bias = model_vector(m, "mlm_norm_bias", d);
-        m->mlm_out = model_find(m, "mlm_out") ? model_tensor(m, "mlm_out", vocab, d) : m->embed;
-        m->mlm_out_bias = model_vector(m, "mlm_out_bias", vocab);
-    }
-    model_heads(m);
 }
 
 // A number that changes when any byte of the file does: results name the model they belong to.
@@ -2645,52 +2491,42 @@ static void decode(const Tokenizer *t, int previous, int id, Text *out) {
 // 6. Loading a model, and continuing a text
 // ------------------------------------------------------------------------------------------------
 
+// What the command line asked for: the flags of section 12 write into this.
+static struct {
+    const char *model, *prompt, *cosine, *probe, *sweep, *head, *path, *kv, *out, *log, *shard;
+    const char *svg, *kernels, **evals, **reports, *argument_flag;
+    const Intervention *method;         // of `start`; `argument` is --seed or --times
+    int64_t start, argument, n_evals, n_reports, layers, threads, limit, batch, tokens, sample_seed;
+    double temperature, top_p, strength;
+    bool info, show, bos, no_bos, help;
+} options = {.layers = -1, .limit = -1, .batch = 2048, .tokens = 256, .top_p = 1, .strength = 1};
+
 // Opens a model file. Dies where the file is not what it should be. The embedding API is this,
 // encode() and decode(), session_new(), sequence_new(), batch_add(), forward(), logits(),
 // batch_commit(), session_free() and model_free(): README.md has an example.
-static const char *kernels_wanted;     // --kernels NAME; NULL: the fastest this CPU has
-
 static Model *model_load(const char *path) {
-    kernels_init(kernels_wanted);
+    kernels_init(options.kernels);
     Model *m = allocate(1, sizeof *m, "model");
-    m->path = copy_string(path);
+    m->path = strcpy(model_allocate(m, (int64_t)strlen(path) + 1, 1, "path"), path);
     model_map(m);
     model_header(m);
     model_weights(m);
-    if (m->tokenizer_kind) {
-        m->tokenizer = allocate(1, sizeof *m->tokenizer, "tokenizer");
-        tokenizer_load(m->tokenizer, path, m->tokenizer_kind, m->file + read_u64(m->file + 48),
-                       (int64_t)read_u64(m->file + 56), m->vocab_size, m->unk,
-                       read_u32(m->file + 132) & 1);
-    }
+    if (!m->tokenizer_kind) return m;
+    m->tokenizer = model_allocate(m, 1, sizeof *m->tokenizer, "tokenizer");
+    tokenizer_load(m->tokenizer, m->path, m->tokenizer_kind, m->file + read_i64(m->file + 48),
+                   read_i64(m->file + 56), m->vocab_size, m->unk, m->flags & 1);
     return m;
 }
 
 static void model_free(Model *m) {
-    for (int i = 0; i < m->n_layers; i++) {
-        Layer *l = &m->layers[i];
-        float *own[] = {l->attn_norm, l->ffn_norm, l->attn_norm_bias, l->ffn_norm_bias, l->q_bias,
-                        l->k_bias, l->v_bias, l->o_bias, l->up_bias, l->down_bias};
-        for (size_t j = 0; j < sizeof own / sizeof *own; j++) release(own[j]);
-    }
-    for (int i = 0; i < m->n_heads_named; i++) {
-        for (int j = 0; j < m->heads[i].n_labels; j++) release(m->heads[i].labels[j]);
-        release(m->heads[i].labels);
-        release(m->heads[i].name);
-        release(m->heads[i].bias);
-    }
-    float *own[] = {m->norm, m->embed_norm, m->embed_norm_bias, m->pooler_bias, m->mlm_bias,
-                    m->mlm_norm, m->mlm_norm_bias, m->mlm_out_bias, m->rope_frequency};
-    for (size_t j = 0; j < sizeof own / sizeof *own; j++) release(own[j]);
     if (m->tokenizer) tokenizer_free(m->tokenizer);
-    release(m->tokenizer);
-    release(m->layers);
-    release(m->heads);
-#ifndef _WIN32
-    if (m->mapped) munmap((void *)(uintptr_t)m->file, (size_t)m->bytes);
+    for (int64_t i = 0; i < m->n_own; i++) release(m->own[i]);
+    release(m->own);
+#ifdef _WIN32
+    release((void *)(uintptr_t)m->file);
+#else
+    munmap((void *)(uintptr_t)m->file, (size_t)m->bytes);
 #endif
-    if (!m->mapped) release((void *)(uintptr_t)m->file);
-    release((void *)(uintptr_t)m->path);
     release(m);
 }
 
@@ -2706,11 +2542,6 @@ static double log_softmax_at(const float *z, int64_t n, int token, int *best) {
     return (double)(z[token] - z[top]) - log(sum);
 }
 
-typedef struct {                // how --prompt picks the next token
-    double temperature, top_p;  // 0: the likeliest token; 1: from the whole distribution
-    uint64_t seed;
-} Sampler;
-
 typedef struct { float p; int token; } Candidate;
 
 static int by_probability(const void *a, const void *b) {
@@ -2718,123 +2549,110 @@ static int by_probability(const void *a, const void *b) {
     return x->p > y->p ? -1 : x->p < y->p ? 1 : x->token - y->token;
 }
 
-// Draws a token from the smallest set of likeliest tokens that holds top_p of the probability
-// (nucleus sampling, Holtzman et al. 2020); splitmix64 gives the number.
-static int sample(Sampler *s, const float *z, int n) {
-    int best = 0;
-    double sum = 0, kept = 0;
-    for (int i = 1; i < n; i++) {
-        if (z[i] > z[best]) best = i;
-    }
-    if (s->temperature <= 0) return best;
-    Candidate *c = allocate(n, sizeof *c, "candidates");
+// Fills c[0..n) with the tokens, likeliest first, and what the softmax of z / temperature makes of
+// them, times the sum that it returns.
+static double rank_tokens(Candidate *c, const float *z, int n, double temperature) {
+    int best;
+    double sum = 0;
+    log_softmax_at(z, n, 0, &best);
     for (int i = 0; i < n; i++) {
-        c[i] = (Candidate){expf((z[i] - z[best]) / (float)s->temperature), i};
+        c[i] = (Candidate){expf((z[i] - z[best]) / (float)temperature), i};
         sum += c[i].p;
     }
     qsort(c, (size_t)n, sizeof *c, by_probability);
-    int last = 0;
-    for (kept = c[0].p; last + 1 < n && kept < s->top_p * sum; last++) kept += c[last + 1].p;
-    uint64_t bits = s->seed += 0x9e3779b97f4a7c15u;
+    return sum;
+}
+
+// Draws a token from the smallest set of likeliest tokens that holds --top-p of the probability
+// (nucleus sampling, Holtzman et al. 2020); splitmix64 gives the number.
+static int sample(Candidate *c, const float *z, int n, uint64_t *random) {
+    int last = 0, drawn = 0;
+    if (options.temperature <= 0) {
+        log_softmax_at(z, n, 0, &drawn);
+        return drawn;
+    }
+    double sum = rank_tokens(c, z, n, options.temperature), kept = c[0].p;
+    for (; last + 1 < n && kept < options.top_p * sum; last++) kept += c[last + 1].p;
+    uint64_t bits = *random += 0x9e3779b97f4a7c15u;
     bits = (bits ^ bits >> 30) * 0xbf58476d1ce4e5b9u;
     bits = (bits ^ bits >> 27) * 0x94d049bb133111ebu;
     double left = (double)((bits ^ bits >> 31) >> 11) * 0x1p-53 * kept;
-    int drawn = 0;
     while (drawn < last && left >= c[drawn].p) left -= c[drawn++].p;
-    int token = c[drawn].token;
-    release(c);
-    return token;
+    return c[drawn].token;
 }
 
 static const Tokenizer *need_tokenizer(const Model *m) {
-    if (!m->tokenizer) {
-        die("%s: has no tokenizer; export it again with --tokenizer FILE", m->path);
-    }
+    if (!m->tokenizer) die("%s: has no tokenizer; export it again with --tokenizer FILE", m->path);
     return m->tokenizer;
 }
 
-// --prompt for Llama: prints the text and up to n_tokens of its continuation, as they come.
-static void continue_text(Session *s, const Schedule *schedule, const char *prompt, bool bos,
-                          int64_t n_tokens, Sampler *sampler) {
-    const Model *m = s->model;
+// The ids of --prompt, with what the architecture puts around them; they fit the model's context.
+static Ids prompt_ids(const Model *m, const char *prompt, bool bos) {
     Ids ids = {0};
-    Text piece = {0};
-    if (bos && m->bos >= 0) ids_push(&ids, m->bos);
+    if ((bos || m->arch == BERT) && m->bos >= 0) ids_push(&ids, m->bos);
     encode(need_tokenizer(m), prompt, (int64_t)strlen(prompt), &ids);
-    if (!ids.n) die("--prompt: no tokens to start from; give some text, or --bos");
-    if (ids.n > m->max_length) {
-        die("--prompt: %lld tokens, the model's context holds %d; shorten the text",
+    if (m->arch == BERT && m->eos >= 0) ids_push(&ids, m->eos);
+    if (!ids.n || ids.n > m->max_length) {
+        die("--prompt: %lld tokens, the model's context takes 1 to %d; change it, or use --bos",
             (long long)ids.n, m->max_length);
     }
-    if (ids.n + n_tokens > m->max_length) n_tokens = m->max_length - ids.n + 1;
-    int q = sequence_new(s, -1, ids.n + n_tokens, schedule_slots(s, schedule));
-    for (int64_t i = 0; i < ids.n; i++) batch_add(s, q, ids.id[i], 0);
+    return ids;
+}
+
+// --prompt for Llama: prints the text and up to --tokens of its continuation, as they come.
+static void continue_text(Session *s, const Schedule *schedule) {
+    const Model *m = s->model;
+    Ids ids = prompt_ids(m, options.prompt, !options.no_bos);
+    int64_t n = ids.n, room = m->max_length - n + 1, made = 0;
+    if (room > options.tokens) room = options.tokens;
+    int q = sequence_new(s, -1, n + room, schedule_slots(s, schedule));
+    for (int64_t i = 0; i < n; i++) batch_add(s, q, ids.id[i], 0);
     float *z = allocate(m->vocab_size, sizeof *z, "logits");
-    fputs(prompt, stdout);
-    double start = seconds(), decoding = 0;
-    int64_t made = 0;
-    for (int previous = ids.id[ids.n - 1]; made < n_tokens;) {
+    Candidate *c = allocate(m->vocab_size, sizeof *c, "candidates");
+    Text piece = {0};
+    uint64_t random = (uint64_t)options.sample_seed;
+    double start = seconds(), decoding = start;
+    for (fputs(options.prompt, stdout); made < room;) {
         forward(s, schedule);
         logits(s, (int64_t[]){s->batch.n_rows - 1}, 1, z);
         batch_commit(s);
         if (!made++) decoding = seconds();
-        int next = sample(sampler, z, m->vocab_size);
+        int next = sample(c, z, m->vocab_size, &random);
         if (next == m->eos || next == m->bos) break;
         piece.n = 0;
-        decode(m->tokenizer, previous, next, &piece);
+        decode(m->tokenizer, ids.id[ids.n - 1], next, &piece);
         fwrite(piece.s, 1, (size_t)piece.n, stdout);
         fflush(stdout);
-        previous = next;
-        if (made < n_tokens) batch_add(s, q, next, 0);
+        ids_push(&ids, next);
+        if (made < room) batch_add(s, q, next, 0);
     }
     fputc('\n', stdout);
-    double end = seconds();
-    warn("prompt: %lld tokens in %.2f s (%.1f tokens/s); continuation: %lld tokens in %.2f s "
-         "(%.1f tokens/s)", (long long)ids.n, decoding - start,
-         (double)ids.n / (decoding - start + 1e-9), (long long)made, end - decoding,
-         (double)(made - 1) / (end - decoding + 1e-9));
-    release(z);
-    release(ids.id);
-    release(piece.s);
+    warn("prompt: %lld tokens, %.1f tokens/s; continuation: %lld tokens, %.1f tokens/s",
+         (long long)n, (double)n / (decoding - start + 1e-9), (long long)made,
+         (double)(made - 1) / (seconds() - decoding + 1e-9));
 }
 
 // --prompt for BERT: the five likeliest tokens for every [MASK], with their probabilities.
-static void fill_masks(Session *s, const Schedule *schedule, const char *prompt) {
+static void fill_masks(Session *s, const Schedule *schedule) {
     const Model *m = s->model;
-    Ids ids = {0};
-    ids_push(&ids, m->bos);
-    encode(need_tokenizer(m), prompt, (int64_t)strlen(prompt), &ids);
-    ids_push(&ids, m->eos);
-    if (ids.n > m->max_length) {
-        die("--prompt: %lld tokens, the model's context holds %d; shorten the text",
-            (long long)ids.n, m->max_length);
-    }
+    Ids ids = prompt_ids(m, options.prompt, true);
     int q = sequence_new(s, -1, ids.n, 1), n_masks = 0;
     for (int64_t i = 0; i < ids.n; i++) batch_add(s, q, ids.id[i], 0);
     forward(s, schedule);
     float *z = allocate(m->vocab_size, sizeof *z, "logits");
     Candidate *c = allocate(m->vocab_size, sizeof *c, "candidates");
-    Text piece = {0};
     for (int64_t i = 0; i < ids.n; i++) {
         if (ids.id[i] != m->mask) continue;
         logits(s, &i, 1, z);
-        double base = log_softmax_at(z, m->vocab_size, 0, NULL) - z[0];
-        for (int t = 0; t < m->vocab_size; t++) {
-            c[t] = (Candidate){(float)exp(z[t] + base), t};
-        }
-        qsort(c, (size_t)m->vocab_size, sizeof *c, by_probability);
+        double sum = rank_tokens(c, z, m->vocab_size, 1);
         printf("[MASK] %d, token %lld\n", ++n_masks, (long long)i);
         for (int t = 0; t < 5 && t < m->vocab_size; t++) {
-            piece.n = 0;
+            Text piece = {0};
             decode(m->tokenizer, -1, c[t].token, &piece);
-            printf("  %-20.*s %.4f\n", (int)piece.n, piece.s, (double)c[t].p);
+            printf("  %-20.*s %.4f\n", (int)piece.n, piece.s, (double)c[t].p / sum);
         }
     }
     if (!n_masks) die("--prompt: no [MASK] in the text; put one where a word should be filled in");
-    release(z);
-    release(c);
-    release(ids.id);
-    release(piece.s);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -3851,7 +3669,6 @@ static Entry *store_schedule(Store *st, Schedule schedule, bool wanted) {
         if (strcmp(st->entries[i].key, key)) continue;
         st->entries[i].wanted |= wanted;
         release(key);
-        schedule_free(&schedule);
         return &st->entries[i];
     }
     st->entries = grow(st->entries, &st->capacity, st->n_entries + 1, sizeof *st->entries,
@@ -5709,7 +5526,6 @@ static void evaluate(Session *s, const Wanted *w, Schedule schedule) {
     if (train) check_task(train, m, true);
     if (w->sweep) {
         sweep_schedules(&st, w->sweep);
-        schedule_free(&schedule);
     } else {
         store_schedule(&st, schedule, true);
     }
@@ -5846,104 +5662,71 @@ static void cosine(Session *s, const Wanted *w, const Schedule *schedule, const 
 static void print_info(const Model *m) {
     static const char *const tokenizers[] = {"none", "SentencePiece BPE", "WordPiece"};
     int64_t weights = 0, count[N_TYPES] = {0};
-    for (int i = 0; i < m->n_tensors; i++) {
-        const unsigned char *e = m->table + 96 * (int64_t)i;
-        weights += (int64_t)(read_u64(e + 64) * read_u64(e + 72));
-        count[read_u32(e + 56)]++;
+    for (const Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++) {
+        weights += t->rows * t->cols;
+        count[t->type]++;
     }
-    printf("file          %s, %.1f MB\n", m->path, (double)m->bytes / 1e6);
-    char *source = model_note(m, "source");
-    if (source) printf("source        %s\n", source);
-    release(source);
-    printf("architecture  %s\n", m->arch == LLAMA ? "Llama" : "BERT");
-    printf("layers        %d\ndim           %d\nhidden        %d\n", m->n_layers, m->dim, m->hidden);
-    printf("heads         %d of %d, %d for keys and values\n", m->n_heads, m->head_dim,
+    const char *source = model_note(m, "source");
+    printf("file          %s, %.1f MB, of %s\n", m->path, (double)m->bytes / 1e6, source);
+    bool llama = m->arch == LLAMA;
+    printf("architecture  %s, %d layers of dim %d, hidden %d, norm epsilon %g\n"
+           "heads         %d of %d, %d for keys and values\n", llama ? "Llama" : "BERT",
+           m->n_layers, m->dim, m->hidden, (double)m->norm_eps, m->n_heads, m->head_dim,
            m->n_kv_heads);
-    printf("vocabulary    %d\ncontext       %d tokens\n", m->vocab_size, m->max_length);
-    if (m->arch == LLAMA) {
-        printf("rotary        base %g, pairs %s\n", (double)m->rope_theta,
-               m->rope == ROPE_HALVES ? "(i, i + head_dim/2)" : "(2i, 2i + 1)");
-        printf("output head   %s\n", m->output.data == m->embed.data ? "tied" : "its own");
+    if (llama) {
+        printf("rotary        base %g, pairs %s\noutput head   %s\n", (double)m->rope_theta,
+               m->rope == ROPE_HALVES ? "(i, i + head_dim/2)" : "(2i, 2i + 1)",
+               m->output.data == m->embed.data ? "tied" : "its own");
+    } else {
+        printf("parts         encoder%s%s\n", m->has_pooler ? ", pooler" : "",
+               m->has_mlm ? ", masked-LM head" : "");
     }
-    printf("norm epsilon  %g\n", (double)m->norm_eps);
-    printf("tokenizer     %s; bos %d, eos %d\n", tokenizers[m->tokenizer_kind], m->bos, m->eos);
+    printf("tokenizer     %s; vocabulary %d, bos %d, eos %d; context %d tokens\n",
+           tokenizers[m->tokenizer_kind], m->vocab_size, m->bos, m->eos, m->max_length);
     printf("weights       %.1f million in %d tensors:", (double)weights / 1e6, m->n_tensors);
     for (int t = 0; t < N_TYPES; t++) {
         if (count[t]) printf(" %lld %s", (long long)count[t], type_names[t]);
     }
-    putchar('\n');
-    if (m->arch == BERT) {
-        printf("parts         encoder%s%s\n", m->has_pooler ? ", pooler" : "",
-               m->has_mlm ? ", masked-LM head" : "");
-    }
-    for (int i = 0; i < m->n_heads_named; i++) {
-        const Head *h = &m->heads[i];
-        printf("head          %s: %s", h->name, h->regression ? "regression" : "labels");
+    for (const Head *h = m->heads; h < m->heads + m->n_heads_named; h++) {
+        printf("\nhead          %s: %s", h->name, h->regression ? "regression" : "labels");
         for (int j = 0; j < h->n_labels; j++) printf(" %s", h->labels[j]);
-        putchar('\n');
     }
-    printf("kernels       %s\n", kernels_name());
+    printf("\nkernels       %s\n", kernels_name());
 }
 
-// What the command line asked for. Flags are rows of the table below and write into this.
-static struct {
-    const char *model, *prompt, *cosine, *probe, *sweep, *head, *path, *kv, *out, *log, *shard;
-    const char *svg, *quantize;
-    const char **evals, **reports;
-    int64_t n_evals, n_reports, evals_capacity, reports_capacity;
-    int64_t layers, start[N_INTERVENTIONS], seed, times, threads, limit, batch, tokens, sample_seed;
-    double temperature, top_p, strength;
-    bool given[N_INTERVENTIONS], seed_given, times_given, info, show, bos, no_bos, help;
-} options = {.layers = -1, .times = 3, .limit = -1, .batch = 2048, .tokens = 256, .top_p = 1,
-             .strength = 1};
-
-// To add a flag: a field above, a row here, and its use in main. The type says what the value is.
+// To add a flag: a field in `options` (section 6), a row here, and its use. The type says what the
+// value is. The interventions of section 1 and their second numbers are flags too.
 enum { SWITCH, WORD, OPTIONAL, WORDS, INTEGER, NUMBER };
 typedef struct {
-    const char *name, *value;   // --name VALUE
+    const char *name, *value;   // --name VALUE; without help a heading
     int type;
     void *target;
     double lowest, highest;
     const char *help;
 } Flag;
 
-typedef struct { const char ***list; int64_t *n, *capacity; } WordList;
-static WordList eval_list = {&options.evals, &options.n_evals, &options.evals_capacity};
-static WordList report_list = {&options.reports, &options.n_reports, &options.reports_capacity};
-
 static const Flag flags[] = {
     {"What", NULL, SWITCH, NULL, 0, 0, NULL},
-    {"prompt", "TEXT", WORD, &options.prompt, 0, 0,
-     "Llama: continue TEXT; BERT: fill every [MASK] in it"},
-    {"eval", "TASK.tsv ...", WORDS, &eval_list, 0, 0, "score task files"},
-    {"sweep", "LIST", WORD, &options.sweep, 0, 0,
-     "with --eval: many schedules, e.g. skip,reverse,random:10,loop:1-8"},
-    {"probe", "TRAIN.tsv", WORD, &options.probe, 0, 0,
-     "BERT: fit a classifier on frozen pooled features, then --eval with it"},
+    {"prompt", "TEXT", WORD, &options.prompt, 0, 0, "Llama: continue TEXT; BERT: fill its [MASK]s"},
+    {"eval", "TASK.tsv ...", WORDS, &options.evals, 0, 0, "score task files"},
+    {"sweep", "LIST", WORD, &options.sweep, 0, 0, "many schedules: skip,random:10,loop:1-8"},
+    {"probe", "TRAIN.tsv", WORD, &options.probe, 0, 0, "BERT: fit a classifier, --eval with it"},
     {"cosine", "[TASK.tsv]", OPTIONAL, &options.cosine, 0, 0,
      "cosine similarity of hidden states, over a task or of --prompt"},
-    {"report", "FILE ...", WORDS, &report_list, 0, 0,
-     "tables and figures from finished --out files; needs no model"},
+    {"report", "FILE ...", WORDS, &options.reports, 0, 0, "tables and figures of --out files"},
     {"info", NULL, SWITCH, &options.info, 0, 0, "what the model file holds"},
     {"show", NULL, SWITCH, &options.show, 0, 0, "print the schedule and stop"},
     {"help", NULL, SWITCH, &options.help, 0, 0, "this text"},
-    {"Which layers", NULL, SWITCH, NULL, 0, 0, NULL},
-    // (the interventions of section 1 come here)
-    {"seed", "K", INTEGER, &options.seed, -9.2e18, 9.2e18, "seed of --random (default 0)"},
-    {"times", "R", INTEGER, &options.times, 1, 100000, "how often --loop runs its step (default 3)"},
-    {"path", "EXPR", WORD, &options.path, 0, 0, "the schedule itself, e.g. \"0-3 (4-7)*2 8-11\""},
-    {"layers", "T", INTEGER, &options.layers, 1, 16384, "with --show: for T layers, without a model"},
     {"How", NULL, SWITCH, NULL, 0, 0, NULL},
     {"threads", "N", INTEGER, &options.threads, 1, 1024, "threads (default: one a core)"},
     {"limit", "N", INTEGER, &options.limit, 1, 9e15, "only the first N items of each task"},
     {"batch", "TOKENS", INTEGER, &options.batch, 1, 1 << 24, "tokens in one pass (default 2048)"},
     {"bos", NULL, SWITCH, &options.bos, 0, 0, "begin texts with BOS (default for --prompt)"},
     {"no-bos", NULL, SWITCH, &options.no_bos, 0, 0, "do not (default for --eval)"},
-    {"kv", "exact|mean", WORD, &options.kv, 0, 0,
-     "keys and values of parallel layers: each its own, or the group's mean"},
+    {"kv", "exact|mean", WORD, &options.kv, 0, 0, "parallel layers: own keys, or their mean"},
     {"head", "NAME", WORD, &options.head, 0, 0, "BERT: which classifier of the file"},
     {"strength", "X", NUMBER, &options.strength, 1e-9, 1e9, "L2 penalty of --probe (default 1)"},
-    {"out", "FILE", WORD, &options.out, 0, 0, "keep every result; the same command goes on from it"},
+    {"out", "FILE", WORD, &options.out, 0, 0, "keep all results; the same command goes on"},
     {"log", "FILE", WORD, &options.log, 0, 0, "write every item: scores or text, prediction, gold"},
     {"shard", "I/N", WORD, &options.shard, 0, 0, "the I-th of N parts of the items"},
     {"svg", "FILE|DIR", WORD, &options.svg, 0, 0, "draw the figure there, or the figures"},
@@ -5951,160 +5734,164 @@ static const Flag flags[] = {
     {"temperature", "X", NUMBER, &options.temperature, 0, 1e6, "0 takes the likeliest (default)"},
     {"top-p", "X", NUMBER, &options.top_p, 1e-9, 1, "sample from this much of the distribution"},
     {"sample-seed", "K", INTEGER, &options.sample_seed, -9.2e18, 9.2e18, "seed of sampling"},
-    {"kernels", "NAME", WORD, &kernels_wanted, 0, 0, "plain: the ones to learn from; see --info"},
+    {"kernels", "NAME", WORD, &options.kernels, 0, 0, "plain: the ones to learn from; see --info"},
     {"quiet", NULL, SWITCH, &quiet, 0, 0, "no status on stderr"},
+    {"Which layers", NULL, SWITCH, NULL, 0, 0, NULL},
+    {"path", "EXPR", WORD, &options.path, 0, 0, "the schedule itself, e.g. \"0-3 (4-7)*2 8-11\""},
+    {"layers", "T", INTEGER, &options.layers, 1, 16384, "with --show: T layers, without a model"},
 };
-enum { N_FLAGS = sizeof flags / sizeof *flags };
+enum { N_FLAGS = sizeof flags / sizeof *flags, MOST_FLAGS = N_FLAGS + 2 * N_INTERVENTIONS };
+
+// The i-th of all flags: the rows above, then two for each intervention, the second with a NULL
+// name where it takes no second number.
+static Flag flag_at(int i) {
+    if (i < N_FLAGS) return flags[i];
+    const Intervention *v = &interventions[(i - N_FLAGS) / 2];
+    Flag method = {v->name, v->range == MIDDLE ? "S" : "K", INTEGER, &options.start, -9.2e18,
+                   9.2e18, v->help};
+    Flag argument = {v->argument_flag, "N", INTEGER, &options.argument, (double)v->lowest,
+                     (double)v->highest, "the N of the line above"};
+    return (i - N_FLAGS) % 2 ? argument : method;
+}
 
 static void print_help(void) {
-    puts("painters - run a frozen Llama or BERT with its layers skipped, shuffled, in parallel ...\n\n"
-         "  painters MODEL [what to do] [which layers] [how]");
-    for (int i = 0; i < N_FLAGS; i++) {
-        const Flag *f = &flags[i];
+    puts("painters - run a frozen Llama or BERT with its layers skipped, shuffled, ...\n\n"
+         "  painters MODEL [what to do] [how] [which layers]");
+    for (int i = 0; i < MOST_FLAGS; i++) {
+        Flag f = flag_at(i);
         char name[64];
-        snprintf(name, sizeof name, "--%s %s", f->name, f->value ? f->value : "");
-        if (f->help) printf("  %-24s %s\n", name, f->help);
-        else printf("\n%s\n", f->name);
-        if (f->help || strcmp(f->name, "Which layers")) continue;
-        for (int j = 0; j < N_INTERVENTIONS; j++) {
-            snprintf(name, sizeof name, "--%s %s", interventions[j].name,
-                     interventions[j].range == MIDDLE ? "S" : "K");
-            printf("  %-24s %s\n", name, interventions[j].help);
-        }
+        snprintf(name, sizeof name, "--%s %s", f.name ? f.name : "", f.value ? f.value : "");
+        if (!f.help) printf("\n%s\n", f.name);
+        else if (f.name) printf("  %-24s %s\n", name, f.help);
     }
     puts("\nExamples\n"
          "  painters llama.bin --prompt \"Once upon a time\" --parallel 3\n"
-         "  painters llama.bin --prompt \"Once upon a time\" --path \"0-3 (4-7)*2 8-11\"\n"
          "  painters bert.bin --prompt \"The cat [MASK] on the mat.\" --drop 5\n"
-         "  painters llama.bin --eval arc.tsv lambada.tsv --skip 4 --limit 100\n"
-         "  painters llama.bin --eval arc.tsv --sweep skip,reverse,random:10 --out arc.out --svg figs\n"
+         "  painters llama.bin --eval arc.tsv --sweep skip,random:10 --out arc.out --svg figs\n"
          "  painters --layers 32 --random 9 --seed 3 --show");
 }
 
 static void take_value(const Flag *f, const char *value) {
-    int64_t integer;
-    double number;
-    if (f->type == WORD || f->type == OPTIONAL) *(const char **)f->target = value;
+    bool good = true;
     if (f->type == INTEGER) {
-        if (!parse_int(value, (int64_t)f->lowest, (int64_t)f->highest, &integer)) {
-            die("--%s: \"%s\" is not a whole number from %.0f to %.0f", f->name, value, f->lowest,
-                f->highest);
-        }
-        *(int64_t *)f->target = integer;
-        options.seed_given |= f->target == &options.seed;
-        options.times_given |= f->target == &options.times;
+        good = parse_int(value, (int64_t)f->lowest, (int64_t)f->highest, f->target);
+    } else if (f->type == NUMBER) {
+        double *number = f->target;
+        good = parse_double(value, number) && *number >= f->lowest && *number <= f->highest;
+    } else {
+        *(const char **)f->target = value;
     }
-    if (f->type == NUMBER) {
-        if (!parse_double(value, &number) || !(number >= f->lowest && number <= f->highest)) {
-            die("--%s: \"%s\" is not a number from %g to %g", f->name, value, f->lowest, f->highest);
-        }
-        *(double *)f->target = number;
+    if (!good) {
+        die("--%s: \"%s\" is not a %snumber from %.9g to %.9g", f->name, value,
+            f->type == INTEGER ? "whole " : "", f->lowest, f->highest);
     }
-}
-
-static void add_argument(void *target, const char *word) {
-    WordList *list = target;
-    *list->list = grow((void *)(uintptr_t)*list->list, list->capacity, *list->n + 1, sizeof word,
-                       "arguments");
-    (*list->list)[(*list->n)++] = word;
 }
 
 // Reads the arguments into `options`. Every flag is known, has the values it needs, and numbers
 // are numbers; otherwise one line says which is not.
 static void parse_arguments(int argc, char **argv) {
-    for (int i = 1; i < argc; i++) {
+    options.evals = allocate(argc, sizeof *options.evals, "arguments");
+    options.reports = allocate(argc, sizeof *options.reports, "arguments");
+    for (int i = 1, at = 0; i < argc; i++, at = 0) {
+        bool last = i + 1 == argc;
         if (strncmp(argv[i], "--", 2)) {
-            if (options.model) {
-                die("\"%s\": one model at a time; a text of several words needs quotes", argv[i]);
-            }
+            if (options.model) die("\"%s\": one model at a time; quote a text of words", argv[i]);
             options.model = argv[i];
             continue;
         }
-        const char *name = argv[i] + 2, *value = i + 1 < argc ? argv[i + 1] : NULL;
-        const Flag *f = NULL;
-        for (int j = 0; j < N_FLAGS; j++) {
-            if (flags[j].help && !strcmp(flags[j].name, name)) f = &flags[j];
+        Flag f = flag_at(0);
+        while (!f.help || !f.name || strcmp(f.name, argv[i] + 2)) {
+            if (++at == MOST_FLAGS) die("%s: no such flag; painters --help lists them", argv[i]);
+            f = flag_at(at);
         }
-        const Intervention *v = NULL;
-        for (int j = 0; j < N_INTERVENTIONS; j++) {
-            if (!strcmp(interventions[j].name, name)) v = &interventions[j];
+        if (f.target == &options.argument) options.argument_flag = f.name;
+        if (f.target == &options.start) {
+            const Intervention *other = options.method;
+            if (other) die("--%s: --%s is given too; one at a time", f.name, other->name);
+            options.method = &interventions[(at - N_FLAGS) / 2];
         }
-        if (!f && !v) die("%s: no such flag; painters --help lists them", argv[i]);
-        if (f && f->type == SWITCH) {
-            *(bool *)f->target = true;
-            continue;
-        }
-        if (f && f->type == OPTIONAL && (!value || !strncmp(value, "--", 2))) {
-            *(const char **)f->target = "";
-            continue;
-        }
-        if (!value) die("%s: a value is missing: %s", argv[i], v ? "a layer" : f->value);
-        i++;
-        if (v) {
-            options.given[v - interventions] = true;
-            if (!parse_int(value, INT64_MIN, INT64_MAX, &options.start[v - interventions])) {
-                die("--%s: \"%s\" is not a layer; give a whole number", name, value);
-            }
-        } else if (f->type == WORDS) {
-            add_argument(f->target, value);
-            while (i + 1 < argc && strncmp(argv[i + 1], "--", 2)) add_argument(f->target, argv[++i]);
+        if (f.type == SWITCH) {
+            *(bool *)f.target = true;
+        } else if (f.type == OPTIONAL && (last || !strncmp(argv[i + 1], "--", 2))) {
+            *(const char **)f.target = "";
+        } else if (last) {
+            die("%s: a value is missing: %s", argv[i], f.value);
+        } else if (f.type == WORDS) {
+            const char **word = *(const char ***)f.target;
+            while (*word) word++;
+            do *word++ = argv[++i];
+            while (i + 1 < argc && strncmp(argv[i + 1], "--", 2));
         } else {
-            take_value(f, value);
+            take_value(&f, argv[++i]);
         }
     }
+    while (options.evals[options.n_evals]) options.n_evals++;
+    while (options.reports[options.n_reports]) options.n_reports++;
 }
 
 // The one schedule that the flags name, for a model of T layers.
 static Schedule chosen_schedule(int T) {
-    const Intervention *chosen = NULL;
-    for (int i = 0; i < N_INTERVENTIONS; i++) {
-        if (!options.given[i]) continue;
-        if (chosen) die("--%s: --%s is given too; one at a time, or write them as a --path",
-                        interventions[i].name, chosen->name);
-        chosen = &interventions[i];
+    const Intervention *v = options.method;
+    const char *second = options.argument_flag, *takes = v ? v->argument_flag : NULL;
+    if (second && (!takes || strcmp(second, takes))) {
+        die("--%s: needs the flag beside it that --help shows above it", second);
     }
-    const char *second = chosen && chosen->argument_flag ? chosen->argument_flag : "";
-    if (options.seed_given && strcmp(second, "seed")) die("--seed: needs --random S beside it");
-    if (options.times_given && strcmp(second, "times")) die("--times: needs --loop S beside it");
-    if (options.path) {
-        if (chosen) die("--path: --%s is given too; choose one", chosen->name);
-        return schedule_parse(options.path, T, "--path");
-    }
-    int64_t argument = !strcmp(second, "seed") ? options.seed : options.times;
-    return schedule_build(chosen, T, chosen ? options.start[chosen - interventions] : -1, argument);
+    if (options.path && v) die("--path: --%s is given too; choose one", v->name);
+    if (options.path) return schedule_parse(options.path, T, "--path");
+    return schedule_build(v, T, options.start, second ? options.argument : v ? v->standard : -1);
 }
 
 // I/N of --shard.
 static void read_shard(Wanted *w) {
-    char *copy = copy_string(options.shard ? options.shard : "1/1"), *n = strchr(copy, '/');
-    if (n) *n++ = 0;
-    if (!n || !parse_int(n, 1, 1000000, &w->n_shards) ||
-        !parse_int(copy, 1, w->n_shards, &w->shard)) {
-        die("--shard: \"%s\" is not I/N with I from 1 to N, as in 2/8", options.shard);
+    const char *text = options.shard ? options.shard : "1/1", *slash = strchr(text, '/');
+    char first[8] = "";
+    if (slash && slash - text < 8) memcpy(first, text, (size_t)(slash - text));
+    if (!slash || !parse_int(slash + 1, 1, 1000000, &w->n_shards) ||
+        !parse_int(first, 1, w->n_shards, &w->shard)) {
+        die("--shard: \"%s\" is not I/N with I from 1 to N, as in 2/8", text);
     }
-    release(copy);
 }
 
-// Flags that need or exclude one another.
+// Flags that need others.
 static void check_options(void) {
-    if (options.bos && options.no_bos) die("--bos: --no-bos is given too; choose one");
-    if (options.kv && strcmp(options.kv, "exact") && strcmp(options.kv, "mean")) {
-        die("--kv: \"%s\" is unknown; use exact or mean", options.kv);
+    bool eval = options.n_evals > 0;
+    const struct { bool given; const char *flag, *needs; bool there; } rule[] = {
+        {options.sweep != NULL, "sweep", "--eval or --show", eval || options.show},
+        {options.probe != NULL, "probe", "--eval", eval},
+        {options.out != NULL, "out", "--eval", eval},
+        {options.log != NULL, "log", "--eval", eval},
+        {options.shard != NULL, "shard", "--eval", eval},
+        {options.cosine && !*options.cosine, "cosine", "a task or --prompt", !!options.prompt},
+        {options.layers > 0, "layers", "--show", options.show},
+        {options.bos, "bos", "no --no-bos", !options.no_bos},
+        {options.kv && strcmp(options.kv, "exact"), "kv", "exact or mean",
+         options.kv && !strcmp(options.kv, "mean")}};
+    for (size_t i = 0; i < sizeof rule / sizeof *rule; i++) {
+        if (!rule[i].given || rule[i].there) continue;
+        die("--%s: needs %s beside it", rule[i].flag, rule[i].needs);
     }
-    const struct { bool given; const char *flag, *needs; bool there; } needs[] = {
-        {options.sweep != NULL, "sweep", "--eval or --show", options.n_evals || options.show},
-        {options.probe != NULL, "probe", "--eval", options.n_evals > 0},
-        {options.out != NULL, "out", "--eval", options.n_evals > 0},
-        {options.log != NULL, "log", "--eval", options.n_evals > 0},
-        {options.shard != NULL, "shard", "--eval", options.n_evals > 0},
-        {options.cosine && !*options.cosine, "cosine", "TASK.tsv or --prompt",
-         options.prompt != NULL},
-        {options.layers > 0, "layers", "--show", options.show}};
-    for (size_t i = 0; i < sizeof needs / sizeof *needs; i++) {
-        if (needs[i].given && !needs[i].there) {
-            die("--%s: needs %s beside it", needs[i].flag, needs[i].needs);
-        }
+}
+
+// Everything that needs a model, or at least its number of layers.
+static void run(const Wanted *w) {
+    if (!options.model && options.layers < 0) {
+        die("no model file; give one first: painters MODEL ... (or --help)");
     }
+    Model *m = options.layers > 0 ? NULL : model_load(options.model);
+    Schedule schedule = chosen_schedule(m ? m->n_layers : (int)options.layers);
+    Session *s = session_new(m);
+    s->kv_mean = options.kv && !strcmp(options.kv, "mean");
+    const char *task = options.cosine && *options.cosine ? options.cosine : NULL;
+    if (options.show && options.sweep) show_sweep(s, options.sweep, schedule.n_layers);
+    else if (options.show) puts(schedule_text(&schedule));
+    else if (options.info) print_info(m);
+    else if (options.cosine) cosine(s, w, &schedule, task, options.prompt);
+    else if (options.prompt && m->arch == BERT) fill_masks(s, &schedule);
+    else if (options.prompt) continue_text(s, &schedule);
+    else if (options.n_evals) evaluate(s, w, schedule);
+    else die("nothing to do; add --prompt TEXT, --eval TASK.tsv, --info, ... (see --help)");
+    session_free(s);
+    if (m) model_free(m);
 }
 
 #ifndef PAINTERS_NO_MAIN
@@ -6122,41 +5909,9 @@ int main(int argc, char **argv) {
                 options.out, options.log, options.svg, options.n_evals, options.n_reports,
                 options.limit, options.batch, 1, 1, options.strength, options.bos};
     read_shard(&w);
-    if (options.n_reports) {
-        report_files(&w);
-        close_written(stdout, "stdout");
-        return 0;
-    }
-    if (!options.model && options.layers < 0) {
-        die("no model file; give one first: painters MODEL ... (or --help)");
-    }
-    Model *m = options.layers > 0 ? NULL : model_load(options.model);
-    Schedule schedule = chosen_schedule(m ? m->n_layers : (int)options.layers);
-    Session *s = session_new(m);
-    if (options.show) {
-        if (options.sweep) show_sweep(s, options.sweep, schedule.n_layers);
-        else puts(schedule_text(&schedule));
-        close_written(stdout, "stdout");
-        return 0;
-    }
-    s->kv_mean = options.kv && !strcmp(options.kv, "mean");
-    if (options.info) {
-        print_info(m);
-    } else if (options.cosine) {
-        cosine(s, &w, &schedule, *options.cosine ? options.cosine : NULL, options.prompt);
-    } else if (options.prompt && m->arch == BERT) {
-        fill_masks(s, &schedule, options.prompt);
-    } else if (options.prompt) {
-        Sampler sampler = {options.temperature, options.top_p, (uint64_t)options.sample_seed};
-        continue_text(s, &schedule, options.prompt, !options.no_bos, options.tokens, &sampler);
-    } else if (options.n_evals) {
-        evaluate(s, &w, schedule);
-    } else {
-        die("nothing to do; add --prompt TEXT, --eval TASK.tsv, --info, ... (see --help)");
-    }
+    if (options.n_reports) report_files(&w);
+    else run(&w);
     close_written(stdout, "stdout");
-    session_free(s);
-    model_free(m);
     return 0;
 }
 #endif

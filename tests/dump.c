@@ -169,7 +169,7 @@ int main(int argc, char **argv) {
     size_t room = 0;
     int64_t *chunk = NULL, *segment = NULL, n_chunks = 0, n_segments = 0, *id;
     for (int i = 2; i + 1 < argc; i += 2) {
-        if (!strcmp(argv[i], "--kernels")) kernels_wanted = argv[i + 1];
+        if (!strcmp(argv[i], "--kernels")) options.kernels = argv[i + 1];
 #ifdef _OPENMP
         if (!strcmp(argv[i], "--threads")) omp_set_num_threads(atoi(argv[i + 1]));
 #endif
@@ -182,7 +182,6 @@ int main(int argc, char **argv) {
         if (rest) *rest++ = 0;
         else rest = line + got - 1;
         if (!strcmp(line, "schedule") || !strcmp(line, "build")) {
-            schedule_free(&dump.schedule);
             dump.schedule = *line == 's' ? schedule_parse(rest, m->n_layers, "dump")
                                         : dump_schedule_flag(rest, m->n_layers);
             continue;
@@ -212,7 +211,6 @@ int main(int argc, char **argv) {
     release(chunk);
     release(segment);
     free(line);
-    schedule_free(&dump.schedule);
     session_free(dump.s);
     model_free(m);
     return 0;

@@ -5,8 +5,8 @@ import unittest
 
 import common
 
-BUILDER = """static void build_rotate(Schedule *s, int lo, int hi, int T, int64_t argument) {
-    (void)T, (void)argument;
+BUILDER = """static void build_rotate(Schedule *s, int lo, int hi, int64_t argument) {
+    (void)argument;
     for (int i = lo + 1; i < hi; i++) schedule_add(s, i, false);
     schedule_add(s, lo, false);
 }
