@@ -2071,28 +2071,20 @@ typedef struct {
     int rule, value;
 } Range;
 
-typedef struct {            // of an open-addressing hash table
-    uint32_t hash;
-    int id;                 // -1: empty
-} Slot;
-
 typedef struct Tokenizer {
-    int kind;               // SENTENCEPIECE, WORDPIECE or NO_TOKENIZER
+    int kind;               // SENTENCEPIECE or WORDPIECE
     int n_tokens;           // at most the model's vocabulary
     int unk;                // WordPiece: the id of a word that no pieces cover
-    bool lower;             // WordPiece: letters are lower-cased (the table does it; for --info)
     bool cut;               // SentencePiece: no piece reaches from one word into the next
     int longest;            // piece, in bytes
-    int longest_verbatim;   // the same of those taken verbatim
-    Piece *piece;           // [n_tokens]
-    Slot *slot;             // [slots] finds a piece by its text; slots is a power of two
-    int64_t slots;
-    bool starts[256];       // does a piece taken verbatim start with this byte?
+    int verbatim[256];      // the same of those taken verbatim that start with this byte; 0: none
     int byte_id[256];       // SentencePiece: ids of the byte tokens
+    Piece *piece;           // [n_tokens]
+    int *slot;              // [slots] hash table of ids, open addressing; -1: empty
+    uint32_t slots;         // a power of two
     Range *range;           // [n_ranges] WordPiece: the Unicode table
     uint32_t *string;       // [n_strings]
     int64_t n_ranges, n_strings;
-    int ascii[128];         // index into range, for speed
 } Tokenizer;
 
 #define WORD_SPACE "\xe2\x96\x81"   // U+2581: sentencepiece's visible space
@@ -2106,22 +2098,14 @@ enum {
 // Reads the code point at s, n > 0 bytes before the end of the text, and returns its length. A
 // byte that starts no valid sequence is U+FFFD of length 1: sentencepiece's rule.
 static int utf8_read(const char *s, int64_t n, uint32_t *code) {
+    static const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000};
     const unsigned char *p = (const unsigned char *)s;
-    static const uint32_t least[5] = {0, 0, 0x80, 0x800, 0x10000};
-    int length = p[0] < 0x80 ? 1 : p[0] < 0xC0 ? 0 : p[0] < 0xE0 ? 2 : p[0] < 0xF0 ? 3
-               : p[0] < 0xF8 ? 4 : 0;
-    *code = length == 1 ? p[0] : p[0] & (0x7Fu >> length);
-    if (length == 1) return 1;
-    bool good = length > 0 && length <= n;
-    for (int i = 1; good && i < length; i++) {
-        good = (p[i] & 0xC0) == 0x80;
-        *code = *code << 6 | (p[i] & 0x3F);
-    }
-    if (good && *code >= least[length] && *code <= 0x10FFFF && (*code & 0xFFFFF800) != 0xD800) {
-        return length;
-    }
-    *code = 0xFFFD;
-    return 1;
+    int length = *p < 0xC0 ? 1 : *p < 0xE0 ? 2 : *p < 0xF0 ? 3 : 4, i = 1;
+    uint32_t c = length > 1 ? *p & 0xFFu >> length : *p < 0x80 ? *p : UINT32_MAX;
+    for (; i < length && i < n && (p[i] & 0xC0) == 0x80; i++) c = c << 6 | (p[i] & 0x3F);
+    bool good = i == length && c >= least[length] && c <= 0x10FFFF && c >> 11 != 0xD800 >> 11;
+    *code = good ? c : 0xFFFD;
+    return good ? length : 1;
 }
 
 // Writes a code point and returns its length, at most 4.
@@ -2132,20 +2116,15 @@ static int utf8_write(char *s, uint32_t c) {
     return n;
 }
 
-// FNV-1a, to be continued from h: the hash of a prefix is on the way to that of the whole.
-#define HASH_START 2166136261u
-static uint32_t hash_more(uint32_t h, const char *s, int64_t n) {
-    for (int64_t i = 0; i < n; i++) h = (h ^ (unsigned char)s[i]) * 16777619u;
-    return h;
-}
-
-// The slot of a text with this hash: its piece's, or the empty one where it would go.
-static Slot *slot_of(const Tokenizer *t, const char *s, int64_t n, uint32_t hash) {
-    for (uint32_t i = hash ^ hash >> 16;; i++) {
-        Slot *slot = &t->slot[i & (uint32_t)(t->slots - 1)];
-        if (slot->id < 0) return slot;
-        const Piece *p = &t->piece[slot->id];
-        if (slot->hash == hash && p->length == n && !memcmp(p->text, s, (size_t)n)) return slot;
+// The slot of a text: its piece's, or the empty one where it would go.
+static int *slot_of(const Tokenizer *t, const char *s, int64_t n) {
+    uint32_t hash = 2166136261u;        // FNV-1a
+    for (int64_t i = 0; i < n; i++) hash = (hash ^ (unsigned char)s[i]) * 16777619u;
+    for (hash ^= hash >> 16;; hash++) {
+        int *slot = &t->slot[hash & (t->slots - 1)];
+        if (*slot < 0) return slot;
+        const Piece *p = &t->piece[*slot];
+        if (p->length == n && !memcmp(p->text, s, (size_t)n)) return slot;
     }
 }
 
@@ -2153,17 +2132,23 @@ static bool is_verbatim(const Tokenizer *t, const Piece *p) {
     return p->type == PIECE_VERBATIM || (p->type == PIECE_CONTROL && t->kind == WORDPIECE);
 }
 
-// The longest piece taken verbatim that the text starts with, or -1.
-static int match_verbatim(const Tokenizer *t, const char *text, int64_t bytes) {
-    int best = -1;
-    uint32_t hash = HASH_START;
-    if (!t->starts[(unsigned char)*text]) return -1;
-    for (int n = 1; n <= bytes && n <= t->longest_verbatim; n++) {
-        hash = hash_more(hash, text + n - 1, 1);
-        int id = slot_of(t, text, n, hash)->id;
-        if (id >= 0 && is_verbatim(t, &t->piece[id])) best = id;
+// The longest piece, of more than `least` bytes, that s[0 .. n) starts with, n > 0: one taken
+// verbatim, or one of a word. -1: none.
+static int longest_piece(const Tokenizer *t, const char *s, int64_t n, int least, bool verbatim) {
+    int longest = verbatim ? t->verbatim[(unsigned char)*s] : t->longest;
+    for (n = n < longest ? n : longest; n > least; n--) {
+        int id = *slot_of(t, s, n);
+        if (id < 0) continue;
+        const Piece *p = &t->piece[id];
+        if (verbatim ? is_verbatim(t, p) : p->type != PIECE_VERBATIM) return id;
     }
-    return best;
+    return -1;
+}
+
+// Does a word start at s[at]: a U+2581 with something else before it?
+static bool word_starts(const char *s, int64_t n, int64_t at) {
+    return at > 0 && n - at >= 3 && !memcmp(s + at, WORD_SPACE, 3)
+        && (at < 3 || memcmp(s + at - 3, WORD_SPACE, 3));
 }
 
 // --- Loading -------------------------------------------------------------------------------------
@@ -2174,64 +2159,57 @@ typedef struct {            // where the reader stands in the tokenizer section
     int64_t at, bytes;
 } SectionReader;
 
-static const unsigned char *section_take(SectionReader *r, int64_t n, const char *what) {
-    if (n < 0 || n > r->bytes - r->at) {
-        die("%s: tokenizer, byte %lld of %lld: %s ends beyond the section; export the model again",
-            r->file, (long long)r->at, (long long)r->bytes, what);
+static void section_check(const SectionReader *r, bool good, const char *fault) {
+    if (!good) {
+        die("%s: tokenizer, byte %lld of %lld: %s; export the model again", r->file,
+            (long long)r->at, (long long)r->bytes, fault);
     }
+}
+
+static const unsigned char *section_take(SectionReader *r, int64_t n) {
+    section_check(r, n <= r->bytes - r->at, "something ends beyond the section");
     r->at += n;
     return r->data + r->at - n;
 }
 
-static uint32_t section_u32(SectionReader *r, const char *what) {
-    return read_u32(section_take(r, 4, what));
-}
-
-// Ends the program over a fault of token i.
-static _Noreturn void bad_piece(const SectionReader *r, int64_t i, const char *fault) {
-    die("%s: tokenizer, token %lld, before byte %lld: %s; export the model again", r->file,
-        (long long)i, (long long)r->at, fault);
-}
-
-// Does a non-space stand before a U+2581 in it?
-static bool spans_words(const Piece *p) {
-    for (int i = 1; i + 3 <= p->length; i++) {
-        if (!memcmp(p->text + i, WORD_SPACE, 3)
-            && (i < 3 || memcmp(p->text + i - 3, WORD_SPACE, 3))) return true;
-    }
-    return false;
-}
+static uint32_t section_u32(SectionReader *r) { return read_u32(section_take(r, 4)); }
 
 // The value of a byte token's text, <0x00> to <0xFF>; above 255 if it is something else.
 static unsigned byte_value(const Piece *p) {
     char text[7] = {0};
-    unsigned value = 256;
+    unsigned value;
     memcpy(text, p->text, p->length == 6 ? 6 : 0);
     return sscanf(text, "<0x%2X>", &value) == 1 ? value : 256;
 }
 
-// Enters token i into the tables that its type asks for.
-static void enter_piece(Tokenizer *t, const SectionReader *r, int i) {
-    const Piece *p = &t->piece[i];
+// Reads token i and enters it into the tables that its type asks for.
+static void load_piece(Tokenizer *t, SectionReader *r, int i) {
+    Piece *p = &t->piece[i];
     bool sentencepiece = t->kind == SENTENCEPIECE;
-    if (!p->length && (sentencepiece || is_verbatim(t, p))) bad_piece(r, i, "empty");
+    uint32_t score = section_u32(r), type = section_u32(r), length = section_u32(r);
+    p->text = (const char *)section_take(r, length);
+    p->length = (int)length;
+    p->type = (int)type;
+    memcpy(&p->score, &score, 4);
+    section_check(r, isfinite(p->score), "a score that is not a number");
+    section_check(r, type >= PIECE_NORMAL && type <= PIECE_BYTE && type != PIECE_UNUSED,
+                  "a token of a type that is not 1, 2, 3, 4 or 6");
+    bool verbatim = is_verbatim(t, p);
+    section_check(r, length <= (verbatim ? LONGEST_VERBATIM : LONGEST_PIECE), "a token too long");
+    section_check(r, length || !(sentencepiece || verbatim), "an empty token");
     if (sentencepiece && p->type == PIECE_BYTE) {
         unsigned byte = byte_value(p);
-        if (byte > 255 || t->byte_id[byte] >= 0) bad_piece(r, i, "a byte token that is wrong");
+        section_check(r, byte < 256 && t->byte_id[byte] < 0, "a byte token that is wrong");
         t->byte_id[byte] = i;
     }
-    if (is_verbatim(t, p)) {
-        if (p->length > LONGEST_VERBATIM) bad_piece(r, i, "taken verbatim, but over 255 bytes");
-        t->starts[(unsigned char)p->text[0]] = true;
-        if (p->length > t->longest_verbatim) t->longest_verbatim = p->length;
-    }
-    if (p->type != PIECE_NORMAL && !is_verbatim(t, p)) return;
-    uint32_t hash = hash_more(HASH_START, p->text, p->length);
-    Slot *slot = slot_of(t, p->text, p->length, hash);
-    if (slot->id >= 0 && sentencepiece) bad_piece(r, i, "the same text as an earlier token");
-    *slot = (Slot){hash, i};        // WordPiece: the last of equal lines in vocab.txt counts
-    if (p->length > t->longest) t->longest = p->length;
-    if (spans_words(p)) t->cut = false;
+    if (p->type != PIECE_NORMAL && !verbatim) return;
+    int *slot = slot_of(t, p->text, length), *longest = &t->longest;
+    section_check(r, !sentencepiece || *slot < 0, "a token with the text of an earlier one");
+    *slot = i;                          // WordPiece: the last of equal lines in vocab.txt counts
+    if (p->length > *longest) *longest = p->length;
+    if (verbatim) longest = &t->verbatim[(unsigned char)p->text[0]];
+    if (p->length > *longest) *longest = p->length;
+    for (int k = 0; k < p->length; k++) t->cut &= !word_starts(p->text, p->length, k);
 }
 
 // Is range i in its place, and its value one that the rule can have?
@@ -2239,101 +2217,62 @@ static bool good_range(const Tokenizer *t, int64_t i) {
     const Range *r = &t->range[i];
     int64_t first = r->first, v = r->value;
     int64_t last = i + 1 < t->n_ranges ? (int64_t)r[1].first - 1 : 0x10FFFF;
-    if (r->rule >= N_RULES || first > last || last > 0x10FFFF || (i == 0 && first)) return false;
+    if (first > last || last > 0x10FFFF || (i == 0 && first)) return false;
     switch (r->rule) {
     case RULE_LETTER:
     case RULE_ALONE: return first + v >= 0 && last + v <= 0x10FFFF;
     case RULE_COMBINING: return v > 0 && v < 256;
     case RULE_HANGUL: return first >= 0xAC00 && last <= 0xD7A3;
     case RULE_STRING:
-        if (v < 0 || v >= t->n_strings || t->string[v] >= t->n_strings - v
-            || t->string[v] > LONGEST_STRING) return false;
-        for (int64_t k = 1; k <= t->string[v]; k++) {
-            if (t->string[v + k] > 0x10FFFF) return false;
-        }
-        return true;
-    default: return true;
+        return v >= 0 && v < t->n_strings && t->string[v] <= LONGEST_STRING
+            && t->string[v] < t->n_strings - v;
+    default: return r->rule < N_RULES;
     }
 }
 
 // Reads the Unicode table of a WordPiece section.
 static void load_ranges(Tokenizer *t, SectionReader *r) {
-    t->n_ranges = section_u32(r, "the Unicode table");
-    t->n_strings = section_u32(r, "the Unicode table");
-    if (t->n_ranges < 1 || t->n_ranges * 8 + t->n_strings * 4 != r->bytes - r->at) {
-        die("%s: tokenizer, byte %lld: the Unicode table has another size than it says; export "
-            "the model again", r->file, (long long)r->at);
-    }
+    t->n_ranges = section_u32(r);
+    t->n_strings = section_u32(r);
+    section_check(r, t->n_ranges > 0 && t->n_ranges * 8 + t->n_strings * 4 == r->bytes - r->at,
+                  "the Unicode table has another size than it says");
     t->range = allocate(t->n_ranges, sizeof *t->range, "Unicode ranges");
-    t->string = allocate(t->n_strings + 1, sizeof *t->string, "Unicode strings");
+    t->string = allocate(t->n_strings, sizeof *t->string, "Unicode strings");
     for (int64_t i = 0; i < t->n_ranges; i++) {
-        uint32_t packed = section_u32(r, "a range"), value = section_u32(r, "a range");
+        uint32_t packed = section_u32(r), value = section_u32(r);
         t->range[i] = (Range){packed & 0xFFFFFF, (int)(packed >> 24), (int32_t)value};
     }
-    for (int64_t i = 0; i < t->n_strings; i++) t->string[i] = section_u32(r, "a string");
-    for (int64_t i = 0; i < t->n_ranges; i++) {
-        if (!good_range(t, i)) {
-            die("%s: tokenizer, Unicode range %lld: out of order or of bounds; export the model "
-                "again", r->file, (long long)i);
-        }
+    for (int64_t i = 0; i < t->n_strings; i++) {
+        t->string[i] = section_u32(r);
+        section_check(r, t->string[i] <= 0x10FFFF, "a string of something else than code points");
     }
-    for (int c = 0, i = 0; c < 128; c++) {
-        while (i + 1 < t->n_ranges && t->range[i + 1].first <= (uint32_t)c) i++;
-        t->ascii[c] = i;
+    for (int64_t i = 0; i < t->n_ranges; i++) {
+        section_check(r, good_range(t, i), "a Unicode range out of order or of bounds");
     }
 }
 
 // Reads and checks the tokenizer section of a model file, whose bytes must outlive the tokenizer;
-// `kind`, `unk` and `lower` come from the file's header. Dies naming file, place, fault and mend.
+// `kind` and `unk` come from the file's header. Dies naming file, place, fault and mend.
 static void tokenizer_load(Tokenizer *t, const char *file, int kind, const unsigned char *data,
-                           int64_t bytes, int vocab_size, int unk, bool lower) {
+                           int64_t bytes, int vocab_size, int unk) {
     SectionReader r = {file, data, 0, bytes};
-    *t = (Tokenizer){.kind = kind, .unk = unk, .lower = lower, .cut = true};
-    int64_t n = section_u32(&r, "the number of tokens");
-    if (n < 1 || n > vocab_size || n > bytes / 12) {
-        die("%s: tokenizer, byte 0: %lld tokens, for a vocabulary of %d in a section of %lld bytes; "
-            "export the model again with the tokenizer it was trained with", file, (long long)n,
-            vocab_size, (long long)bytes);
-    }
+    *t = (Tokenizer){.kind = kind, .unk = unk, .cut = true, .slots = 16};
+    int64_t n = section_u32(&r);
+    section_check(&r, n > 0 && n <= vocab_size && n <= bytes / 12,
+                  "as many tokens as neither the section nor the vocabulary holds");
+    section_check(&r, kind == SENTENCEPIECE || (unk >= 0 && unk < n), "no token is [UNK]");
     t->n_tokens = (int)n;
     t->piece = allocate(n, sizeof *t->piece, "pieces");
-    for (t->slots = 16; t->slots < 2 * n;) t->slots *= 2;
+    while (t->slots < 2 * n) t->slots *= 2;
     t->slot = allocate(t->slots, sizeof *t->slot, "hash table of pieces");
-    for (int64_t i = 0; i < t->slots; i++) t->slot[i].id = -1;
-    for (int i = 0; i < 256; i++) t->byte_id[i] = -1;
-
-    for (int i = 0; i < n; i++) {
-        Piece *p = &t->piece[i];
-        uint32_t score = section_u32(&r, "a token"), type = section_u32(&r, "a token");
-        uint32_t length = section_u32(&r, "a token");
-        memcpy(&p->score, &score, 4);
-        p->text = (const char *)section_take(&r, length, "a token's text");
-        if (length > LONGEST_PIECE) bad_piece(&r, i, "longer than 4000 bytes");
-        if (!isfinite(p->score)) bad_piece(&r, i, "a score that is not a number");
-        if (type < PIECE_NORMAL || type > PIECE_BYTE || type == PIECE_UNUSED) {
-            bad_piece(&r, i, "of a type that is not 1, 2, 3, 4 or 6");
-        }
-        p->length = (int)length;
-        p->type = (int)type;
-        enter_piece(t, &r, i);
-    }
-    if (kind == WORDPIECE) {
-        if (unk < 0 || unk >= n) {
-            die("%s: tokenizer: [UNK] is token %d of %d; export the model again", file, unk,
-                t->n_tokens);
-        }
-        load_ranges(t, &r);
-    }
+    memset(t->slot, -1, t->slots * sizeof *t->slot);
+    memset(t->byte_id, -1, sizeof t->byte_id);
+    for (int i = 0; i < n; i++) load_piece(t, &r, i);
+    if (kind == WORDPIECE) load_ranges(t, &r);
     for (int i = 0; kind == SENTENCEPIECE && i < 256; i++) {
-        if (t->byte_id[i] < 0) {
-            die("%s: tokenizer: no token <0x%02X>; only SentencePiece models with byte fallback "
-                "work here", file, i);
-        }
+        section_check(&r, t->byte_id[i] >= 0, "a byte of the 256 has no token (no byte fallback)");
     }
-    if (r.at != bytes) {
-        die("%s: tokenizer, byte %lld: %lld bytes too many; export the model again", file,
-            (long long)r.at, (long long)(bytes - r.at));
-    }
+    section_check(&r, r.at == bytes, "too many bytes");
 }
 
 static void tokenizer_free(Tokenizer *t) {
@@ -2347,135 +2286,105 @@ static void tokenizer_free(Tokenizer *t) {
 // --- SentencePiece BPE ---------------------------------------------------------------------------
 
 typedef struct {            // a run of bytes of the text, a piece in the making
-    int start, bytes;       // bytes = 0: merged into the one before it
-    int previous, next;     // neighbours, -1 at the ends
-    int id;                 // of its piece; -1 while not looked up
-    bool frozen;            // a piece taken verbatim never merges
+    int64_t bytes;          // 0: merged into one before it
+    int64_t left;           // where its left neighbour starts
+    float score;            // of the piece that it and its right neighbour make, or -INFINITY
 } Symbol;
 
-typedef struct {            // two neighbours that could merge
-    float score;
-    int left;               // index of the left symbol
-    int bytes;              // of both; another sum later means that one has changed since
-    int id;
-} Merge;
-
 typedef struct {            // working memory of one encode()
-    Text text;              // normalised
-    Symbol *symbol;
-    Merge *heap;            // the best merge is on top
-    int64_t n, capacity, heap_n, heap_capacity;
+    const char *s;          // [n] what is merged
+    int64_t n, symbols, nodes;
+    Symbol *symbol;         // [n + 1] by the byte it starts at
+    int64_t *best;          // [2n] a tournament: node n + i is symbol i, and each node below n has
+                            // the better of nodes 2k and 2k + 1, so that node 1 has the best of all
 } Bpe;
 
-static bool merges_before(const Merge *a, const Merge *b) {
-    return a->score > b->score || (a->score == b->score && a->left < b->left);
+static void play(Bpe *b, int64_t node) {
+    int64_t x = b->best[2 * node], y = b->best[2 * node + 1];
+    float own = b->symbol[x].score, other = b->symbol[y].score;
+    b->best[node] = own > other || (own == other && x < y) ? x : y;
 }
 
-static void heap_push(Bpe *b, Merge m) {
-    b->heap = grow(b->heap, &b->heap_capacity, b->heap_n + 1, sizeof m, "merges");
-    int64_t i = b->heap_n++;
-    for (; i > 0 && merges_before(&m, &b->heap[(i - 1) / 2]); i = (i - 1) / 2) {
-        b->heap[i] = b->heap[(i - 1) / 2];
-    }
-    b->heap[i] = m;
-}
-
-static Merge heap_pop(Bpe *b) {
-    Merge top = b->heap[0], last = b->heap[--b->heap_n];
-    int64_t i = 0;
-    for (int64_t child; (child = 2 * i + 1) < b->heap_n; i = child) {
-        if (child + 1 < b->heap_n && merges_before(&b->heap[child + 1], &b->heap[child])) child++;
-        if (!merges_before(&b->heap[child], &last)) break;
-        b->heap[i] = b->heap[child];
-    }
-    b->heap[i] = last;
-    return top;
-}
-
-// Puts symbol `left` and its right neighbour on the heap if together they are a piece.
-static void offer_merge(const Tokenizer *t, Bpe *b, int left) {
-    if (left < 0 || b->symbol[left].next < 0) return;
-    const Symbol *l = &b->symbol[left], *r = &b->symbol[l->next];
-    int bytes = l->bytes + r->bytes;
-    if (l->frozen || r->frozen || bytes > t->longest) return;
-    const char *s = b->text.s + l->start;
-    const Slot *slot = slot_of(t, s, bytes, hash_more(HASH_START, s, bytes));
-    if (slot->id >= 0) {
-        heap_push(b, (Merge){t->piece[slot->id].score, left, bytes, slot->id});
-    }
-}
-
-// Merges the symbols collected so far, appends their ids and starts afresh.
-static void merge_symbols(const Tokenizer *t, Bpe *b, Ids *out) {
+// Finds what symbol i and its right neighbour would merge into.
+static void score_pair(const Tokenizer *t, Bpe *b, int64_t i) {
     Symbol *symbol = b->symbol;
-    for (int i = 0; i + 1 < b->n; i++) offer_merge(t, b, i);
-    while (b->heap_n) {
-        Merge m = heap_pop(b);
-        Symbol *left = &symbol[m.left];
-        if (!left->bytes || left->next < 0) continue;
-        Symbol *right = &symbol[left->next];
-        if (left->bytes + right->bytes != m.bytes) continue;
-        left->bytes = m.bytes;
-        left->id = m.id;
-        left->next = right->next;
-        right->bytes = 0;
-        if (left->next >= 0) symbol[left->next].previous = m.left;
-        offer_merge(t, b, left->previous);
-        offer_merge(t, b, m.left);
+    int64_t next = i + symbol[i].bytes, end = next + symbol[next].bytes;
+    bool pair = symbol[i].bytes && next < b->n && end - i <= t->longest;
+    int id = pair ? *slot_of(t, b->s + i, end - i) : -1;
+    symbol[i].score = id < 0 ? -INFINITY : t->piece[id].score;
+}
+
+// Merges s[0 .. n) and appends its ids.
+static void merge_run(const Tokenizer *t, Bpe *b, const char *s, int64_t n, Ids *out) {
+    uint32_t code;
+    b->s = s;
+    b->n = n;
+    b->symbol = grow(b->symbol, &b->symbols, n + 1, sizeof *b->symbol, "symbols");
+    b->best = grow(b->best, &b->nodes, 2 * n, sizeof *b->best, "symbols");
+    memset(b->symbol, 0, (size_t)(n + 1) * sizeof *b->symbol);
+    for (int64_t i = 0, next; i < n; i = next) {
+        b->symbol[i].bytes = utf8_read(s + i, n - i, &code);
+        next = i + b->symbol[i].bytes;
+        b->symbol[next].left = i;
     }
-    for (int i = 0; b->n && i >= 0; i = symbol[i].next) {
-        const char *s = b->text.s + symbol[i].start;
-        int id = symbol[i].id, bytes = symbol[i].bytes;
-        if (id < 0) id = slot_of(t, s, bytes, hash_more(HASH_START, s, bytes))->id;
-        for (int k = 0; id < 0 && k < bytes; k++) ids_push(out, t->byte_id[(unsigned char)s[k]]);
+    for (int64_t i = 0; i < n; i++) {
+        score_pair(t, b, i);
+        b->best[n + i] = i;
+    }
+    for (int64_t node = n - 1; node > 0; node--) play(b, node);
+    while (n && b->symbol[b->best[1]].score > -INFINITY) {
+        int64_t i = b->best[1], right = i + b->symbol[i].bytes;
+        b->symbol[i].bytes += b->symbol[right].bytes;
+        b->symbol[right].bytes = 0;
+        b->symbol[i + b->symbol[i].bytes].left = i;
+        int64_t changed[] = {b->symbol[i].left, i, right};
+        for (int k = 0; k < 3; k++) {
+            score_pair(t, b, changed[k]);
+            for (int64_t node = (n + changed[k]) / 2; node > 0; node /= 2) play(b, node);
+        }
+    }
+    for (int64_t i = 0; i < n; i += b->symbol[i].bytes) {
+        int64_t bytes = b->symbol[i].bytes;
+        int id = *slot_of(t, s + i, bytes);
+        for (int64_t k = i; id < 0 && k < i + bytes; k++) {
+            ids_push(out, t->byte_id[(unsigned char)s[k]]);
+        }
         if (id >= 0) ids_push(out, id);
     }
-    b->n = 0;
 }
 
-// Writes the text as sentencepiece sees it: a space in front, spaces as U+2581, valid UTF-8.
-static void normalise(const char *text, int64_t bytes, Text *out) {
-    out->s = grow(out->s, &out->capacity, 3 * bytes + 4, 1, "text");
-    char *o = out->s;
-    memcpy(o, WORD_SPACE, 3);
-    o += 3;
-    for (int64_t i = 0; i < bytes;) {
-        uint32_t code;
-        int n = utf8_read(text + i, bytes - i, &code);
-        o += utf8_write(o, code == ' ' ? 0x2581 : code);
-        i += n;
-    }
-    out->n = o - out->s;
-}
-
-// Where no piece spans two words, words are merged one by one: no merge in one can touch another.
+// Pieces taken verbatim never merge, and where no piece spans two words, no merge in one can touch
+// another: the text falls into short runs.
 static void encode_sentencepiece(const Tokenizer *t, const char *text, int64_t bytes, Ids *out) {
-    if (!bytes) return;
-    if (bytes > INT_MAX / 3 - 16) {
-        die("text: %lld bytes: more than this tokenizer takes at once; cut it into parts",
-            (long long)bytes);
-    }
     Bpe b = {0};
-    normalise(text, bytes, &b.text);
-    bool was_space = true;
-    for (int at = 0; at < b.text.n;) {
-        const char *s = b.text.s + at;
-        uint32_t code;
-        int n = utf8_read(s, b.text.n - at, &code), id = match_verbatim(t, s, b.text.n - at);
-        if (id >= 0) n = t->piece[id].length;
-        bool space = code == 0x2581;
-        if (t->cut && space && !was_space) merge_symbols(t, &b, out);
-        b.symbol = grow(b.symbol, &b.capacity, b.n + 1, sizeof *b.symbol, "symbols");
-        if (b.n) b.symbol[b.n - 1].next = (int)b.n;
-        b.symbol[b.n] = (Symbol){at, n, (int)b.n - 1, -1, id, id >= 0};
-        b.n++;
-        at += n;
-        was_space = space && id < 0;
+    Text whole = {0};
+    uint32_t code;
+    char c[4];
+    if (!bytes) return;
+    text_add(&whole, WORD_SPACE, 3);
+    for (int64_t i = 0; i < bytes;) {
+        i += utf8_read(text + i, bytes - i, &code);
+        text_add(&whole, c, utf8_write(c, code == ' ' ? 0x2581 : code));
     }
-    merge_symbols(t, &b, out);
-    release(b.text.s);
+    const char *s = whole.s;
+    int64_t start = 0;
+    for (int64_t at = 0; at < whole.n;) {
+        int id = longest_piece(t, s + at, whole.n - at, 0, true);
+        if (id >= 0 || (t->cut && word_starts(s + start, whole.n - start, at - start))) {
+            merge_run(t, &b, s + start, at - start, out);
+            start = at;
+        }
+        if (id >= 0) {
+            ids_push(out, id);
+            start = at += t->piece[id].length;
+        } else {
+            at += utf8_read(s + at, whole.n - at, &code);
+        }
+    }
+    merge_run(t, &b, s + start, whole.n - start, out);
+    release(whole.s);
     release(b.symbol);
-    release(b.heap);
+    release(b.best);
 }
 
 // --- WordPiece -----------------------------------------------------------------------------------
@@ -2483,116 +2392,88 @@ static void encode_sentencepiece(const Tokenizer *t, const char *text, int64_t b
 typedef struct {            // a word in the making
     int n;                  // characters; WORD_CHARS + 1 also stands for more
     int fixed;              // the first `fixed` of them stay where they are
-    uint32_t code[WORD_CHARS + 1];
-    int class[WORD_CHARS + 1];      // canonical combining classes, 0 for all but few
+    uint32_t code[WORD_CHARS + 1];      // code point | canonical combining class << 24
 } Word;
 
 // Appends a character; a combining mark (class > 0) goes before marks of higher classes.
-static void word_add(Word *w, uint32_t code, int class) {
+static void word_add(Word *w, uint32_t code, uint32_t class) {
     if (w->n > WORD_CHARS) return;
     int i = w->n++;
-    for (; class && i > w->fixed && w->class[i - 1] > class; i--) {
-        w->code[i] = w->code[i - 1];
-        w->class[i] = w->class[i - 1];
-    }
-    w->code[i] = code;
-    w->class[i] = class;
+    for (; class && i > w->fixed && w->code[i - 1] >> 24 > class; i--) w->code[i] = w->code[i - 1];
+    w->code[i] = code | class << 24;
     if (!class) w->fixed = w->n;
 }
 
 // Appends the ids of the word's pieces, longest first from the left; [UNK] alone where that fails.
 static void word_end(const Tokenizer *t, Word *w, Ids *out) {
-    char buffer[2 + 4 * WORD_CHARS];    // two bytes for "##" in front
-    int at[WORD_CHARS + 1], n = w->n;   // where each character starts
-    int64_t before = out->n;
+    char s[2 + 4 * WORD_CHARS];         // two bytes for "##" in front
+    int64_t at = 2, end = 2, before = out->n;
+    bool fits = w->n <= WORD_CHARS;
+    for (int i = 0; fits && i < w->n; i++) end += utf8_write(s + end, w->code[i] & 0xFFFFFF);
     w->n = w->fixed = 0;
-    if (n > WORD_CHARS) {
-        ids_push(out, t->unk);
-        return;
+    for (int glue = 0; fits && at < end; glue = 2) {
+        memcpy(s + at - glue, "##", (size_t)glue);      // over bytes of pieces already found
+        int id = longest_piece(t, s + at - glue, end - at + glue, glue, false);
+        fits = id >= 0;
+        if (fits) ids_push(out, id);
+        if (fits) at += t->piece[id].length - glue;
     }
-    at[0] = 2;
-    for (int i = 0; i < n; i++) at[i + 1] = at[i] + utf8_write(buffer + at[i], w->code[i]);
-    for (int start = 0, end; start < n; start = end) {
-        uint32_t hash[WORD_CHARS + 1];
-        char *s = buffer + at[start];
-        hash[start] = HASH_START;
-        if (start) {                    // the bytes overwritten belong to pieces already found
-            s = memcpy(s - 2, "##", 2);
-            hash[start] = hash_more(HASH_START, s, 2);
-        }
-        for (end = start; end < n && buffer + at[end + 1] - s <= t->longest; end++) {
-            hash[end + 1] = hash_more(hash[end], buffer + at[end], at[end + 1] - at[end]);
-        }
-        int id = -1;
-        for (; end > start; end--) {
-            id = slot_of(t, s, buffer + at[end] - s, hash[end])->id;
-            if (id >= 0 && t->piece[id].type != PIECE_VERBATIM) break;
-            id = -1;
-        }
-        if (id < 0) {
-            out->n = before;
-            ids_push(out, t->unk);
-            return;
-        }
-        ids_push(out, id);
-    }
+    if (fits) return;
+    out->n = before;
+    ids_push(out, t->unk);
 }
 
 // The range that holds a code point.
 static const Range *range_of(const Tokenizer *t, uint32_t code) {
-    if (code < 128) return &t->range[t->ascii[code]];
     int64_t lo = 0, hi = t->n_ranges;
     while (hi - lo > 1) {
         int64_t middle = (lo + hi) / 2;
-        if (t->range[middle].first <= code) lo = middle; else hi = middle;
+        if (t->range[middle].first <= code) lo = middle;
+        else hi = middle;
     }
     return &t->range[lo];
-}
-
-// Splits a Hangul syllable into its letters, by Unicode's arithmetic.
-static void word_add_hangul(Word *w, uint32_t code) {
-    uint32_t i = code - 0xAC00;
-    word_add(w, 0x1100 + i / 588, 0);
-    word_add(w, 0x1161 + i % 588 / 28, 0);
-    if (i % 28) word_add(w, 0x11A7 + i % 28, 0);
 }
 
 // Lets one code point of the text do what its rule says.
 static void word_feed(const Tokenizer *t, Word *w, uint32_t code, Ids *out) {
     const Range *r = range_of(t, code);
+    uint32_t syllable = code - 0xAC00, moved = code + (uint32_t)r->value;
     switch (r->rule) {
-    case RULE_LETTER: word_add(w, code + (uint32_t)r->value, 0); break;
-    case RULE_COMBINING: word_add(w, code, r->value); break;
-    case RULE_HANGUL: word_add_hangul(w, code); break;
+    case RULE_LETTER: word_add(w, moved, 0); break;
+    case RULE_COMBINING: word_add(w, code, (uint32_t)r->value); break;
     case RULE_BARRIER: w->fixed = w->n; break;
     case RULE_SPACE: word_end(t, w, out); break;
     case RULE_ALONE:
         word_end(t, w, out);
-        word_add(w, code + (uint32_t)r->value, 0);
+        word_add(w, moved, 0);
         word_end(t, w, out);
         break;
     case RULE_STRING:
         for (uint32_t i = 1; i <= t->string[r->value]; i++) {
             uint32_t c = t->string[r->value + (int)i];
             const Range *own = range_of(t, c);
-            word_add(w, c, own->rule == RULE_COMBINING ? own->value : 0);
+            word_add(w, c, own->rule == RULE_COMBINING ? (uint32_t)own->value : 0);
         }
+        break;
+    case RULE_HANGUL:                   // by Unicode's arithmetic
+        word_add(w, 0x1100 + syllable / 588, 0);
+        word_add(w, 0x1161 + syllable % 588 / 28, 0);
+        if (syllable % 28) word_add(w, 0x11A7 + syllable % 28, 0);
         break;
     default: break;
     }
 }
 
 static void encode_wordpiece(const Tokenizer *t, const char *text, int64_t bytes, Ids *out) {
-    Word w;
-    w.n = w.fixed = 0;
+    Word w = {.n = 0};
     for (int64_t i = 0; i < bytes;) {
-        int id = match_verbatim(t, text + i, bytes - i);
+        uint32_t code;
+        int id = longest_piece(t, text + i, bytes - i, 0, true);
         if (id >= 0) {
             word_end(t, &w, out);
             ids_push(out, id);
             i += t->piece[id].length;
         } else {
-            uint32_t code;
             i += utf8_read(text + i, bytes - i, &code);
             word_feed(t, &w, code, out);
         }
@@ -2615,30 +2496,22 @@ static void encode(const Tokenizer *t, const char *text, int64_t bytes, Ids *out
 static void decode(const Tokenizer *t, int previous, int id, Text *out) {
     if (id < 0 || id >= t->n_tokens) return;
     const Piece *p = &t->piece[id];
-    int at = 0;
+    bool first = previous < 0 || (t->kind == SENTENCEPIECE && (previous >= t->n_tokens
+               || t->piece[previous].type == PIECE_CONTROL));
     if (t->kind == WORDPIECE) {
-        bool glued = p->length > 2 && !memcmp(p->text, "##", 2);
-        if (glued) at = 2;
-        else if (previous >= 0) text_add(out, " ", 1);
-        text_add(out, p->text + at, p->length - at);
-        return;
-    }
-    bool first = previous < 0 || previous >= t->n_tokens
-               || t->piece[previous].type == PIECE_CONTROL;
-    if (p->type == PIECE_CONTROL) return;
-    if (p->type == PIECE_UNKNOWN) {
+        int glue = p->length > 2 && !memcmp(p->text, "##", 2) ? 2 : 0;
+        if (!glue && !first) text_add(out, " ", 1);
+        text_add(out, p->text + glue, p->length - glue);
+    } else if (p->type == PIECE_UNKNOWN) {
         text_add(out, " \xe2\x81\x87 ", 5);
-        return;
-    }
-    if (p->type == PIECE_BYTE) {
+    } else if (p->type == PIECE_BYTE) {
         text_add(out, &(char){(char)byte_value(p)}, 1);
-        return;
-    }
-    if (first && p->length >= 3 && !memcmp(p->text, WORD_SPACE, 3)) at = 3;
-    while (at < p->length) {
-        bool space = at + 3 <= p->length && !memcmp(p->text + at, WORD_SPACE, 3);
-        text_add(out, space ? " " : p->text + at, 1);
-        at += space ? 3 : 1;
+    } else if (p->type != PIECE_CONTROL) {
+        for (int at = 0, n; at < p->length; at += n) {
+            bool space = p->length - at >= 3 && !memcmp(p->text + at, WORD_SPACE, 3);
+            n = space ? 3 : 1;
+            if (at || !space || !first) text_add(out, space ? " " : p->text + at, 1);
+        }
     }
 }
 // ------------------------------------------------------------------------------------------------
@@ -2660,8 +2533,7 @@ static Model *model_load(const char *path) {
     if (m->tokenizer_kind) {
         m->tokenizer = allocate(1, sizeof *m->tokenizer, "tokenizer");
         tokenizer_load(m->tokenizer, path, m->tokenizer_kind, m->file + read_u64(m->file + 48),
-                       (int64_t)read_u64(m->file + 56), m->vocab_size, m->unk,
-                       read_u32(m->file + 132) & 1);
+                       (int64_t)read_u64(m->file + 56), m->vocab_size, m->unk);
     }
     return m;
 }

@@ -37,7 +37,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     tokenizer_free(&t);
     if (setjmp(refused)) return 0;
     tokenizer_load(&t, "section", data[0] % 2 ? SENTENCEPIECE : WORDPIECE, section, bytes, 1 << 20,
-                   1, true);
+                   1);
     encode(&t, (const char *)text, rest - bytes, &ids);
     for (int64_t i = 0; i < ids.n; i++) {
         if (ids.id[i] < 0 || ids.id[i] >= t.n_tokens) abort();
