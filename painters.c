@@ -2715,36 +2715,31 @@ static void fill_masks(Session *s, const Schedule *schedule, const char *prompt)
 
 // Bytes of the white-space character at s, by Python's str.isspace(); 0 if there is none.
 static int space_bytes(const char *s) {
-    static const char *const wide[] = {
-        "\xC2\x85", "\u00A0", "\u1680", "\u2000", "\u2001", "\u2002", "\u2003", "\u2004", "\u2005",
-        "\u2006", "\u2007", "\u2008", "\u2009", "\u200A", "\u2028", "\u2029", "\u202F", "\u205F",
-        "\u3000"};
-    if (*s == ' ' || (*s >= 9 && *s <= 13) || (*s >= 28 && *s <= 31)) return 1;
-    for (size_t i = 0; i < sizeof wide / sizeof *wide; i++) {
-        if (!strncmp(s, wide[i], strlen(wide[i]))) return (int)strlen(wide[i]);
-    }
-    return 0;
+    uint32_t c;
+    int n = utf8_read(s, 4, &c);        // which goes no further than the NUL
+    bool space = (c >= 9 && c <= 13) || (c >= 28 && c <= 32) || c == 0x85 || c == 0xA0
+              || c == 0x1680 || (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029
+              || c == 0x202F || c == 0x205F || c == 0x3000;
+    return space ? n : 0;
 }
 
 // Bytes of white space at the end of a text.
 static int64_t trailing_space(const char *text) {
-    const char *end = text;
-    for (const char *s = text; *s;) {
-        int space = space_bytes(s);
-        s += space ? space : 1;
-        if (!space) end = s;
+    int64_t tail = 0;
+    for (int space; *text; text += space ? space : 1) {
+        space = space_bytes(text);
+        tail = space ? tail + space : 0;
     }
-    return (int64_t)strlen(end);
+    return tail;
 }
 
 // What the harness counts as words of running text: len(re.split(r"\s+", text)).
 static int64_t count_words(const char *text) {
     int64_t words = 1;
-    for (int before = 0; *text;) {
-        int space = space_bytes(text);
+    for (int space, before = 0; *text; text += space ? space : 1) {
+        space = space_bytes(text);
         words += space && !before;
         before = space;
-        text += space ? space : 1;
     }
     return words;
 }
@@ -2802,117 +2797,108 @@ static bool exact_match(const char *text, const char *answer, bool flexible) {
     return same;
 }
 
-// Kept values of n items, or of a bootstrap's resample of them, in which some count several times.
-typedef struct {
-    const double *values;       // [n][width]
-    int width;
-    int64_t n;
-    int *pick;                  // [n] which items count
-    double *ranks;              // [2][n] scratch
-} Sample;
+// The functions of metrics take two columns of n kept values; the second may be all ones.
 
-static double kept(const Sample *s, int64_t i, int column) {
-    return s->values[(int64_t)s->pick[i] * s->width + column];
-}
-
-// Sum of a column; column -1 holds a 1 in every row.
-static double total(const Sample *s, int column) {
+static double total(const double *x, int64_t n) {
     double sum = 0;
-    for (int64_t i = 0; i < s->n; i++) sum += column < 0 ? 1 : kept(s, i, column);
+    for (int64_t i = 0; i < n; i++) sum += x[i];
     return sum;
 }
 
-static double share(const Sample *s, int a, int b) { return total(s, a) / total(s, b); }
+static double share(const double *x, const double *y, int64_t n) {
+    return total(x, n) / total(y, n);
+}
 
-static double perplexity(const Sample *s, int a, int b) { return exp(-share(s, a, b)); }
+static double perplexity(const double *x, const double *y, int64_t n) {
+    return exp(-share(x, y, n));
+}
 
-static double agreement(const Sample *s, int a, int b) {
+static double agreement(const double *x, const double *y, int64_t n) {
     int64_t same = 0;
-    for (int64_t i = 0; i < s->n; i++) same += kept(s, i, a) == kept(s, i, b);
-    return (double)same / (double)s->n;
+    for (int64_t i = 0; i < n; i++) same += x[i] == y[i];
+    return (double)same / (double)n;
 }
 
 // F1 of class 1; 0 where there is nothing to be right about.
-static double f1(const Sample *s, int a, int b) {
+static double f1(const double *x, const double *y, int64_t n) {
     double hits = 0, named = 0;
-    for (int64_t i = 0; i < s->n; i++) {
-        hits += kept(s, i, a) == 1 && kept(s, i, b) == 1;
-        named += (kept(s, i, a) == 1) + (kept(s, i, b) == 1);
+    for (int64_t i = 0; i < n; i++) {
+        hits += x[i] == 1 && y[i] == 1;
+        named += (x[i] == 1) + (y[i] == 1);
     }
     return named > 0 ? 2 * hits / named : 0;
 }
 
 // Matthews correlation of any number of classes; 0 where one side is constant.
-static double matthews(const Sample *s, int a, int b) {
-    double n = (double)s->n, above = agreement(s, a, b) * n * n, spread_a = n * n, spread_b = n * n;
-    double seen = 0;
-    for (int k = 0; seen < 2 * n; k++) {
-        double count_a = 0, count_b = 0;
-        for (int64_t i = 0; i < s->n; i++) {
-            count_a += kept(s, i, a) == k;
-            count_b += kept(s, i, b) == k;
+static double matthews(const double *x, const double *y, int64_t n) {
+    double square = (double)n * (double)n, above = agreement(x, y, n) * square;
+    double spread_x = square, spread_y = square, seen = 0;
+    for (int k = 0; seen < 2 * (double)n; k++) {
+        double count_x = 0, count_y = 0;
+        for (int64_t i = 0; i < n; i++) {
+            count_x += x[i] == k;
+            count_y += y[i] == k;
         }
-        above -= count_a * count_b;
-        spread_a -= count_a * count_a;
-        spread_b -= count_b * count_b;
-        seen += count_a + count_b;
+        above -= count_x * count_y;
+        spread_x -= count_x * count_x;
+        spread_y -= count_y * count_y;
+        seen += count_x + count_y;
     }
-    return spread_a > 0 && spread_b > 0 ? above / sqrt(spread_a * spread_b) : 0;
+    return spread_x > 0 && spread_y > 0 ? above / sqrt(spread_x * spread_y) : 0;
 }
 
 // Pearson correlation; NaN where one side is constant.
-static double pearson(const Sample *s, int a, int b) {
-    double mean_a = share(s, a, -1), mean_b = share(s, b, -1), aa = 0, bb = 0, ab = 0;
-    bool same_a = true, same_b = true;
-    for (int64_t i = 0; i < s->n; i++) {
-        double x = kept(s, i, a) - mean_a, y = kept(s, i, b) - mean_b;
-        same_a &= kept(s, i, a) == kept(s, 0, a);
-        same_b &= kept(s, i, b) == kept(s, 0, b);
-        aa += x * x;
-        bb += y * y;
-        ab += x * y;
+static double pearson(const double *x, const double *y, int64_t n) {
+    double mean_x = total(x, n) / (double)n, mean_y = total(y, n) / (double)n;
+    double xx = 0, yy = 0, xy = 0;
+    bool same_x = true, same_y = true;
+    for (int64_t i = 0; i < n; i++) {
+        double from_x = x[i] - mean_x, from_y = y[i] - mean_y;
+        same_x &= x[i] == x[0];
+        same_y &= y[i] == y[0];
+        xx += from_x * from_x;
+        yy += from_y * from_y;
+        xy += from_x * from_y;
     }
-    return same_a || same_b ? NAN : fmax(-1, fmin(1, ab / (sqrt(aa) * sqrt(bb))));
+    return same_x || same_y ? NAN : fmax(-1, fmin(1, xy / (sqrt(xx) * sqrt(yy))));
 }
 
-// Spearman correlation, ties sharing their average rank; NaN where one side is constant. The values
-// are whole numbers below n in the right order (see ordered), so that counting ranks a resample.
-static double spearman(const Sample *s, int a, int b) {
-    int column[2] = {a, b};
-    double square[2] = {0}, product = 0, middle = (double)(s->n + 1) / 2;
+// Each value replaced by how many others are smaller.
+static void order(double *x, int64_t n) {
+    double *smaller = allocate(n, sizeof *smaller, "ranks");
+    for (int64_t i = 0; i < n; i++) {
+        for (int64_t j = 0; j < n; j++) smaller[i] += x[j] < x[i];
+    }
+    memcpy(x, smaller, (size_t)n * sizeof *x);
+    release(smaller);
+}
+
+// Spearman correlation of values that order() has made, or of a resample of them, whose ranks come
+// by counting; equal ones share their average rank.
+static double spearman(const double *x, const double *y, int64_t n) {
+    double *rank = allocate(3 * n, sizeof *rank, "ranks"), *count = rank + 2 * n;
     for (int side = 0; side < 2; side++) {
-        double *rank = s->ranks + side * s->n, below = 0;
-        memset(rank, 0, (size_t)s->n * sizeof *rank);
-        for (int64_t i = 0; i < s->n; i++) rank[(int64_t)kept(s, i, column[side])]++;
-        for (int64_t k = 0; k < s->n; k++) {        // counts become ranks, measured from the middle
-            double here = rank[k];
-            rank[k] = below + (here + 1) / 2 - middle;
-            square[side] += here * rank[k] * rank[k];
+        const double *value = side ? y : x;
+        double below = 0;
+        memset(count, 0, (size_t)n * sizeof *count);
+        for (int64_t i = 0; i < n; i++) count[(int64_t)value[i]]++;
+        for (int64_t k = 0; k < n; k++) {           // counts become ranks
+            double here = count[k];
+            count[k] = below + (here + 1) / 2;
             below += here;
         }
+        for (int64_t i = 0; i < n; i++) rank[side * n + i] = count[(int64_t)value[i]];
     }
-    for (int64_t i = 0; i < s->n; i++) {
-        product += s->ranks[(int64_t)kept(s, i, a)] * s->ranks[s->n + (int64_t)kept(s, i, b)];
-    }
-    return square[0] > 0 && square[1] > 0 ? product / sqrt(square[0] * square[1]) : NAN;
+    double found = pearson(rank, rank + n, n);
+    release(rank);
+    return found;
 }
 
-// Each value of a sample's table replaced by how many of its column are smaller.
-static double *ordered(const Sample *s) {
-    double *order = allocate(s->n * s->width, sizeof *order, "ranks");
-    for (int64_t i = 0; i < s->n * s->width; i++) {
-        for (int64_t j = i % s->width; j < s->n * s->width; j += s->width) {
-            order[i] += s->values[j] < s->values[i];
-        }
-    }
-    return order;
-}
-
-// A new metric is a row here. Its function reads columns a and b of the values that its kind of
-// task keeps per item. Where it is a share of the items, its error has a formula.
+// A new metric is a row here. Its function reads columns a and b (-1: ones) of the values that its
+// kind of task keeps per item. Where it is a share of the items, its error has a formula.
 typedef struct {
     const char *kind, *name;
-    double (*value)(const Sample *s, int a, int b);
+    double (*value)(const double *x, const double *y, int64_t n);
     int a, b;
     bool formula;
 } Metric;
@@ -2956,25 +2942,24 @@ static uint64_t mix64(uint64_t z) {
 // Standard deviation of a metric over resamples of the items, drawn with replacement; resamples
 // without a value (a constant has no correlation) do not count. Resample r has random numbers of
 // its own, so that the figure does not depend on the number of threads.
-static double bootstrap(const Metric *m, const Sample *all) {
+static double bootstrap(const Metric *m, const double *x, const double *y, int64_t n) {
     enum { RESAMPLES = 10000 };
     double *found = allocate(RESAMPLES, sizeof *found, "bootstrap"), mean = 0, squares = 0;
     int count = 0;
     #pragma omp parallel
     {
-        Sample s = *all;
-        s.pick = allocate(s.n, sizeof *s.pick, "bootstrap");
-        s.ranks = allocate(2 * s.n, sizeof *s.ranks, "bootstrap");
+        double *drawn = allocate(2 * n, sizeof *drawn, "bootstrap");
         #pragma omp for
         for (int r = 0; r < RESAMPLES; r++) {
             uint64_t base = mix64((uint64_t)r);
-            for (int64_t i = 0; i < s.n; i++) {
-                s.pick[i] = (int)((mix64(base + (uint64_t)i) >> 32) * (uint64_t)s.n >> 32);
+            for (int64_t i = 0; i < n; i++) {
+                uint64_t pick = (mix64(base + (uint64_t)i) >> 32) * (uint64_t)n >> 32;
+                drawn[i] = x[pick];
+                drawn[n + i] = y[pick];
             }
-            found[r] = m->value(&s, m->a, m->b);
+            found[r] = m->value(drawn, drawn + n, n);
         }
-        release(s.pick);
-        release(s.ranks);
+        release(drawn);
     }
     for (int r = 0; r < RESAMPLES; r++) {           // Welford's running mean and squares
         if (isnan(found[r])) continue;
@@ -2990,19 +2975,21 @@ static double bootstrap(const Metric *m, const Sample *all) {
 // deviation over the root of n) for shares, otherwise by bootstrap. NaN is undefined.
 static double metric_value(const Metric *m, const double *values, int64_t n, int width,
                            double *error) {
-    Sample all = {values, width, n, allocate(n, sizeof *all.pick, "metric"),
-                  allocate(2 * n, sizeof *all.ranks, "metric")};
-    double *order = NULL, value = NAN;
+    double *x = allocate(2 * n, sizeof *x, "metric"), *y = x + n, value = NAN;
     bool whole = n > 0;
-    for (int64_t i = 0; i < n; i++) all.pick[i] = (int)i;
     for (int64_t i = 0; i < n * width; i++) whole &= !isnan(values[i]);
-    if (whole && m->value == spearman) all.values = order = ordered(&all);
-    if (whole) value = m->value(&all, m->a, m->b);
+    for (int64_t i = 0; i < n; i++) {
+        x[i] = values[i * width + m->a];
+        y[i] = m->b < 0 ? 1 : values[i * width + m->b];
+    }
+    if (m->value == spearman) {
+        order(x, n);
+        order(y, n);
+    }
+    if (whole) value = m->value(x, y, n);
     *error = n < 2 || !isfinite(value) ? NAN
-           : m->formula ? sqrt(value * (1 - value) / (double)(n - 1)) : bootstrap(m, &all);
-    release(all.pick);
-    release(all.ranks);
-    release(order);
+           : m->formula ? sqrt(value * (1 - value) / (double)(n - 1)) : bootstrap(m, x, y, n);
+    release(x);
     return value;
 }
 
@@ -3011,81 +2998,62 @@ static double metric_value(const Metric *m, const double *values, int64_t n, int
 // where the loss is the negative log-likelihood of a softmax over the classes, or half the squared
 // error: scikit-learn's LogisticRegression(C = 1 / strength) and Ridge(alpha = strength). Of two
 // classes only the difference counts, so that their weights are punished twice to be the same as a
-// single logistic. Newton's method with conjugate gradients, until the mean gradient is below 1e-8.
+// single logistic. Conjugate gradients with Newton's method along each line, which reads scores
+// but no features (Minka 2003), until the mean gradient is below 1e-8.
 typedef struct {
-    const float *x;             // [n][d], centred: that saves half of the passes
+    float *x;                   // [d + 1][n] features, centred: that saves half of the steps; the
+                                // last one is 1, for the bias
     const double *y;            // [n] class or target
     int64_t n, d, outputs;      // outputs: classes, or 1 for a regression
-    double strength;
-    double *p;                  // [n][outputs] probabilities at the last point
-    double *parts;              // [PROBE_PARTS][outputs][d + 2] sums over a part of the rows
 } Probe;
 
-enum { PROBE_PARTS = 64 };      // fixed, so that sums do not depend on the number of threads
+enum { PROBE_BLOCK = 512, PROBE_ALONE = 1 << 18 };     // less work than that is not worth threads
 
 // Eight sums side by side, which a compiler can keep in vectors.
-static double probe_dot(const double *w, const float *x, int64_t d) {
+static double probe_dot(const double *w, const float *x, int64_t n) {
     double lane[8] = {0};
-    for (int64_t j = 0; j < d / 8 * 8; j += 8) {
+    for (int64_t j = 0; j < n / 8 * 8; j += 8) {
         for (int l = 0; l < 8; l++) lane[l] += w[j + l] * (double)x[j + l];
     }
-    for (int64_t j = d / 8 * 8; j < d; j++) lane[j % 8] += w[j] * (double)x[j];
+    for (int64_t j = n / 8 * 8; j < n; j++) lane[j % 8] += w[j] * (double)x[j];
     for (int l = 0; l < 4; l++) lane[l] += lane[l + 4];
     return (lane[0] + lane[2]) + (lane[1] + lane[3]);
 }
 
-// Row i: scores z become the loss's gradient by the scores; returns the loss and keeps the
-// probabilities. With `curve`, z is a change of the scores and becomes that of the gradient.
-static double probe_loss(const Probe *f, int64_t i, double *z, bool curve) {
-    double *p = f->p + i * f->outputs, top = z[0], sum = 0, own = z[(int64_t)f->y[i] % f->outputs];
-    if (f->outputs == 1) {
-        if (!curve) z[0] -= f->y[i];
-        return z[0] * z[0] / 2;
-    }
-    if (curve) {
-        for (int64_t k = 0; k < f->outputs; k++) sum += p[k] * z[k];
-        for (int64_t k = 0; k < f->outputs; k++) z[k] = p[k] * (z[k] - sum);
-        return 0;
-    }
-    for (int64_t k = 1; k < f->outputs; k++) top = fmax(top, z[k]);
-    for (int64_t k = 0; k < f->outputs; k++) sum += exp(z[k] - top);
-    for (int64_t k = 0; k < f->outputs; k++) {
-        p[k] = exp(z[k] - top) / sum;
-        z[k] = p[k] - ((double)k == f->y[i]);
-    }
-    return top + log(sum) - own;
-}
-
-// One pass over the features: the objective at w and, in out, its gradient; or with `curve` the
-// Hessian of the last such point times w. w and out are [outputs][d + 1], the bias last.
-static double probe_pass(const Probe *f, const double *w, double *out, bool curve) {
-    int64_t d = f->d, outputs = f->outputs, size = outputs * (d + 1);
-    double losses[PROBE_PARTS] = {0}, loss = 0;
-    #pragma omp parallel for schedule(static)
-    for (int part = 0; part < PROBE_PARTS; part++) {
-        double *sum = f->parts + part * (size + outputs), *z = sum + size;
-        memset(sum, 0, (size_t)size * sizeof *sum);
-        for (int64_t i = f->n * part / PROBE_PARTS; i < f->n * (part + 1) / PROBE_PARTS; i++) {
-            const float *x = f->x + i * d;
-            for (int64_t k = 0; k < outputs; k++) {
-                z[k] = probe_dot(w + k * (d + 1), x, d) + w[k * (d + 1) + d];
-            }
-            losses[part] += probe_loss(f, i, z, curve);
-            for (int64_t k = 0; k < outputs; k++) {
-                double *row = sum + k * (d + 1);
-                for (int64_t j = 0; j < d; j++) row[j] += z[k] * (double)x[j];
-                row[d] += z[k];
-            }
+// Scores z [outputs][n] of all rows under weights w [outputs][d + 1].
+static void probe_scores(const Probe *f, const double *w, double *z) {
+    int64_t n = f->n, blocks = (n + PROBE_BLOCK - 1) / PROBE_BLOCK;
+    #pragma omp parallel for if (f->outputs * n * f->d > PROBE_ALONE)
+    for (int64_t job = 0; job < f->outputs * blocks; job++) {
+        int64_t k = job / blocks, from = job % blocks * PROBE_BLOCK;
+        int64_t end = from + PROBE_BLOCK < n ? from + PROBE_BLOCK : n;
+        for (int64_t i = from; i < end; i++) z[k * n + i] = 0;
+        for (int64_t j = 0; j <= f->d; j++) {
+            double weight = w[k * (f->d + 1) + j];
+            for (int64_t i = from; i < end; i++) z[k * n + i] += weight * (double)f->x[j * n + i];
         }
     }
-    for (int64_t j = 0; j < size; j++) {
-        double punished = j % (d + 1) < d ? f->strength * w[j] : 0;
-        loss += punished * w[j] / 2;
-        out[j] = punished;
-        for (int64_t p = 0; p < PROBE_PARTS; p++) out[j] += f->parts[p * (size + outputs) + j];
+}
+
+// The loss at scores z + t * along: its gradient by the scores into r, and its slope and curvature
+// along the line.
+static void probe_loss(const Probe *f, const double *z, const double *along, double t, double *r,
+                       double *slope, double *curvature) {
+    int64_t n = f->n, cells = f->outputs * n;
+    *slope = *curvature = 0;
+    for (int64_t i = 0; i < n; i++) {
+        double top = -INFINITY, sum = 0, mean = 0;
+        for (int64_t c = i; c < cells; c += n) top = fmax(top, z[c] + t * along[c]);
+        for (int64_t c = i; c < cells; c += n) sum += r[c] = exp(z[c] + t * along[c] - top);
+        for (int64_t c = i; c < cells; c += n) mean += (r[c] /= sum) * along[c];
+        for (int64_t c = i; c < cells; c += n) {
+            double p = r[c], apart = along[c] - mean;
+            bool regression = f->outputs == 1;
+            r[c] = regression ? z[c] + t * along[c] - f->y[i] : p - ((double)(c / n) == f->y[i]);
+            *slope += r[c] * along[c];
+            *curvature += regression ? along[c] * along[c] : p * apart * apart;
+        }
     }
-    for (int part = 0; part < PROBE_PARTS; part++) loss += losses[part];
-    return loss;
 }
 
 static double inner(const double *a, const double *b, int64_t n) {
@@ -3094,62 +3062,60 @@ static double inner(const double *a, const double *b, int64_t n) {
     return sum;
 }
 
-// Newton's step: solves Hessian . step = -gradient by conjugate gradients until the residual is
-// `tolerance` times the gradient. work is [3][size].
-static void probe_step(const Probe *f, const double *gradient, double tolerance, double *step,
-                       double *work) {
-    int64_t size = f->outputs * (f->d + 1);
-    double *residual = work, *along = work + size, *curved = work + 2 * size;
-    for (int64_t j = 0; j < size; j++) {
-        step[j] = 0;
-        residual[j] = along[j] = -gradient[j];
-    }
-    double rest = inner(residual, residual, size), goal = rest * tolerance * tolerance;
-    for (int turn = 0; turn < 1000 && rest > goal; turn++) {
-        probe_pass(f, along, curved, true);
-        double length = rest / inner(along, curved, size), before = rest;
-        for (int64_t j = 0; j < size; j++) {
-            step[j] += length * along[j];
-            residual[j] -= length * curved[j];
-        }
-        rest = inner(residual, residual, size);
-        for (int64_t j = 0; j < size; j++) along[j] = residual[j] + rest / before * along[j];
-    }
-}
-
 // Fits the probe described above; classes is 1 for a regression. w is [classes][d + 1], the bias
 // last. The same bits for any number of threads.
 static void probe_fit(const float *x, const double *y, int64_t n, int64_t d, int classes,
                       double strength, double *w) {
-    int64_t size = classes * (d + 1);
-    float *centred = allocate(n * d, sizeof *centred, "probe");
-    Probe f = {centred, y, n, d, classes, classes == 2 ? 2 * strength : strength, NULL, NULL};
-    f.p = allocate(n * classes, sizeof *f.p, "probe");
-    f.parts = allocate(PROBE_PARTS * (size + classes), sizeof *f.parts, "probe");
-    double *work = allocate(6 * size + d, sizeof *work, "probe"), *mean = work + 6 * size;
-    double *gradient = work + 3 * size, *step = work + 4 * size, *next = work + 5 * size;
-    for (int64_t i = 0; i < n * d; i++) mean[i % d] += x[i];
-    for (int64_t j = 0; j < d; j++) mean[j] /= (double)n;
-    for (int64_t i = 0; i < n * d; i++) centred[i] = (float)(x[i] - mean[i % d]);
-    memset(w, 0, (size_t)size * sizeof *w);
-    double loss = probe_pass(&f, w, gradient, false), start = inner(gradient, gradient, size);
-    for (int turn = 0; turn < 100; turn++) {
-        double steep = inner(gradient, gradient, size), before = loss, t = 1;
-        if (sqrt(steep) <= 1e-8 * (double)n) break;
-        probe_step(&f, gradient, fmin(0.1, pow(steep / start, 0.25)), step, work);
-        double slope = inner(gradient, step, size);
-        for (; t > 1e-6; t /= 2) {                  // halve a step that goes too far
-            for (int64_t j = 0; j < size; j++) next[j] = w[j] + t * step[j];
-            loss = probe_pass(&f, next, gradient, false);
-            if (loss <= before + 1e-4 * t * slope) break;
-        }
-        if (!(loss < before)) break;                // nothing left but rounding
-        memcpy(w, next, (size_t)size * sizeof *w);
+    int64_t width = d + 1, size = classes * width, cells = classes * n;
+    Probe f = {allocate(n * width, sizeof *f.x, "probe"), y, n, d, classes};
+    double *work = allocate(4 * size + 3 * cells + d, sizeof *work, "probe"), *gradient = work;
+    double *before = gradient + size, *step = before + size, *penalty = step + size;
+    double *z = penalty + size, *along = z + cells, *r = along + cells, *mean = r + cells;
+    double slope, curvature;
+    for (int64_t j = 0; j < d; j++) {
+        for (int64_t i = 0; i < n; i++) mean[j] += x[i * d + j] / (double)n;
+        for (int64_t i = 0; i < n; i++) f.x[j * n + i] = (float)(x[i * d + j] - mean[j]);
     }
-    for (int k = 0; k < classes; k++) w[k * (d + 1) + d] -= inner(w + k * (d + 1), mean, d);
-    release(centred);
-    release(f.p);
-    release(f.parts);
+    for (int64_t i = 0; i < n; i++) f.x[d * n + i] = 1;
+    for (int64_t j = 0; j < size; j++) {
+        w[j] = 0;
+        penalty[j] = j % width == d ? 0 : classes == 2 ? 2 * strength : strength;
+    }
+    probe_loss(&f, z, along, 0, r, &slope, &curvature);
+    for (int turn = 0; turn < 10000; turn++) {
+        double turned = 0, bent = 0, w_slope = 0, w_curvature = 0;
+        #pragma omp parallel for if (cells * d > PROBE_ALONE)
+        for (int64_t j = 0; j < size; j++) {
+            gradient[j] = probe_dot(r + j / width * n, f.x + j % width * n, n) + penalty[j] * w[j];
+        }
+        if (sqrt(inner(gradient, gradient, size)) <= 1e-8 * (double)n) break;
+        for (int64_t j = 0; j < size; j++) {            // Hestenes and Stiefel's direction
+            turned += gradient[j] * (gradient[j] - before[j]);
+            bent += step[j] * (gradient[j] - before[j]);
+        }
+        for (int64_t j = 0; j < size; j++) {
+            step[j] = (bent > 0 ? fmax(0, turned / bent) : 0) * step[j] - gradient[j];
+            before[j] = gradient[j];
+            w_slope += penalty[j] * w[j] * step[j];
+            w_curvature += penalty[j] * step[j] * step[j];
+        }
+        probe_scores(&f, step, along);
+        double t = 0, low = 0, high = INFINITY, goal = 0;   // the slope changes its sign between
+        for (int tries = 0; tries < 100; tries++) {
+            probe_loss(&f, z, along, t, r, &slope, &curvature);
+            slope += w_slope + t * w_curvature;
+            if (!tries) goal = 1e-3 * fabs(slope);
+            if (fabs(slope) <= goal) break;
+            if (slope < 0) low = t;
+            else high = t;
+            double next = t - slope / (curvature + w_curvature);
+            t = next > low && next < high ? next : (low + high) / 2;
+        }
+        for (int64_t j = 0; j < size; j++) w[j] += t * step[j];
+        for (int64_t c = 0; c < cells; c++) z[c] += t * along[c];
+    }
+    for (int k = 0; k < classes; k++) w[k * width + d] -= inner(w + k * width, mean, d);
+    release(f.x);
     release(work);
 }
 
@@ -3172,7 +3138,6 @@ static double probe_predict(const double *w, const float *x, int64_t d, int clas
 // a few numbers that are kept, since metrics and their errors need all items.
 typedef struct {
     int64_t item;               // index in the task
-    int choice;                 // which of the item's requests
     int64_t first, n;           // tokens fed: task->pool.id[first .. first + n)
     int64_t segment_from;       // BERT: tokens from here on are of segment 1
     int64_t mask_at;            // BERT: this token is fed as [MASK]; -1: none
@@ -3218,56 +3183,62 @@ struct Kind {
     int arch;                               // LLAMA, BERT, or 0 for both
     enum Output output;
     int width;                              // values kept per item
-    int fewest_fields, most_fields;
+    const char *columns;                    // what must be there: g the number of a choice or label
+                                            // from 0, x a number, s a text, t one that is not empty
+    int most;                               // columns; those more are like the last one
     bool adds;
     void (*ask)(Task *t, const Model *m, bool bos, int64_t item);
     void (*value)(const Task *t, const Request *r, int64_t n, double *value);
 };
 
-_Noreturn static void bad_item(const Task *t, int64_t item, const char *fault) {
-    die("%s: line %lld: %s; mend the line", t->path, (long long)t->items[item].line, fault);
-}
-
-static Request *new_request(Task *t, int64_t item, int choice) {
+static Request *new_request(Task *t, int64_t item) {
     t->requests = grow(t->requests, &t->requests_capacity, t->n_requests + 1, sizeof *t->requests,
                        "requests");
     Request *r = &t->requests[t->n_requests++];
-    *r = (Request){.item = item, .choice = choice, .mask_at = -1, .first = t->pool.n};
+    *r = (Request){.item = item, .mask_at = -1, .first = t->pool.n};
     return r;
+}
+
+static void push_bos(const Model *m, Ids *ids) {
+    if (m->bos < 0) die("%s: has no BOS token, which texts and --bos begin with", m->path);
+    ids_push(ids, m->bos);
+}
+
+static void push_ids(Ids *to, const Ids *from, int64_t first, int64_t end) {
+    for (int64_t i = first; i < end; i++) ids_push(to, from->id[i]);
+}
+
+// A request feeds what has been pushed since it was made, without the beginning if that is over
+// `most` tokens.
+static void end_request(Task *t, Request *r, int64_t most) {
+    if (t->pool.n - r->first > most) {
+        r->first = t->pool.n - most;
+        t->cut[r->item] = true;
+    }
+    r->n = t->pool.n - r->first;
 }
 
 // The harness's log-likelihood request: white space at the end of the context moves to the
 // continuation, the model reads encode(context) and then what encode(context + continuation) has
 // behind as many tokens, cut to the last max_length + 1; an empty context is BOS.
-static void ask_continuation(Task *t, const Model *m, bool bos, int64_t item, int choice,
+static void ask_continuation(Task *t, const Model *m, bool bos, int64_t item,
                              const char *context, const char *continuation) {
+    int64_t n = (int64_t)strlen(context) - trailing_space(context);
     Text whole = {0};
-    int64_t n = (int64_t)strlen(context), tail = trailing_space(context);
-    text_add(&whole, context, n);
-    text_add(&whole, " ", 1);
-    text_add(&whole, continuation, (int64_t)strlen(continuation));
-    Request *r = new_request(t, item, choice);
-    Ids *p = &t->pool, all = {0};
-    n -= tail;
-    if ((bos || n == 0) && m->bos < 0) die("%s: has no BOS token; leave out --bos", m->path);
-    if (bos || n == 0) ids_push(p, m->bos);
-    if (bos && n > 0) ids_push(&all, m->bos);
-    if (n > 0) encode(m->tokenizer, context, n, p);
-    int64_t context_ids = p->n - r->first;
-    if (n > 0) encode(m->tokenizer, whole.s, whole.n, &all);
-    else encode(m->tokenizer, whole.s, whole.n, p);
-    for (int64_t i = context_ids; i < all.n; i++) ids_push(p, all.id[i]);
-    int64_t length = p->n - r->first, excess = length - (m->max_length + 1);
-    r->target = r->first + context_ids;
-    if (excess > 0) {
-        r->first += excess;
-        length -= excess;
-        if (r->target < r->first + 1) r->target = r->first + 1;
-        t->cut[item] = true;
-    }
-    r->n = length > 1 ? length - 1 : 1;
+    Ids all = {0};
+    Request *r = new_request(t, item);
+    text_printf(&whole, "%s %s", context, continuation);
+    if (bos || !n) push_bos(m, &t->pool);
+    if (bos || !n) push_bos(m, &all);
+    encode(m->tokenizer, context, n, &t->pool);
+    encode(m->tokenizer, whole.s, whole.n, &all);
+    r->target = t->pool.n;
+    push_ids(&t->pool, &all, t->pool.n - r->first, all.n);
+    end_request(t, r, m->max_length + 1);
+    if (r->n > 1) r->n--;               // the last token is not fed
+    if (r->target <= r->first) r->target = r->first + 1;
     r->row = r->target - r->first - 1;
-    r->n_targets = p->n - r->target;
+    r->n_targets = t->pool.n - r->target;
     release(all.id);
     release(whole.s);
 }
@@ -3276,7 +3247,7 @@ static void ask_continuation(Task *t, const Model *m, bool bos, int64_t item, in
 static void ask_choice(Task *t, const Model *m, bool bos, int64_t item) {
     const Item *i = &t->items[item];
     for (int c = 2; c < i->n_fields; c++) {
-        ask_continuation(t, m, bos, item, c - 2, i->field[1], i->field[c]);
+        ask_continuation(t, m, bos, item, i->field[1], i->field[c]);
     }
 }
 
@@ -3284,33 +3255,26 @@ static void ask_choice(Task *t, const Model *m, bool bos, int64_t item) {
 static void ask_contexts(Task *t, const Model *m, bool bos, int64_t item) {
     const Item *i = &t->items[item];
     for (int c = 2; c < i->n_fields; c++) {
-        ask_continuation(t, m, bos, item, c - 2, i->field[c], i->field[1]);
+        ask_continuation(t, m, bos, item, i->field[c], i->field[1]);
     }
 }
 
 // context, target
 static void ask_lastword(Task *t, const Model *m, bool bos, int64_t item) {
-    ask_continuation(t, m, bos, item, 0, t->items[item].field[0], t->items[item].field[1]);
+    ask_continuation(t, m, bos, item, t->items[item].field[0], t->items[item].field[1]);
 }
 
 // prompt, answer
 static void ask_generate(Task *t, const Model *m, bool bos, int64_t item) {
     const char *prompt = t->items[item].field[0];
-    Request *r = new_request(t, item, 0);
+    Request *r = new_request(t, item);
     if (t->max_tokens >= m->max_length) {
         die("%s: max_tokens is %lld, the model's context holds %d; lower it", t->path,
             (long long)t->max_tokens, m->max_length);
     }
-    if ((bos || !*prompt) && m->bos < 0) die("%s: has no BOS token; leave out --bos", m->path);
-    if (bos || !*prompt) ids_push(&t->pool, m->bos);
+    if (bos || !*prompt) push_bos(m, &t->pool);
     encode(m->tokenizer, prompt, (int64_t)strlen(prompt), &t->pool);
-    r->n = t->pool.n - r->first;
-    int64_t excess = r->n - (m->max_length - t->max_tokens);
-    if (excess > 0) {
-        r->first += excess;
-        r->n -= excess;
-        t->cut[item] = true;
-    }
+    end_request(t, r, m->max_length - t->max_tokens);
     r->row = r->n - 1;
 }
 
@@ -3318,19 +3282,17 @@ static void ask_generate(Task *t, const Model *m, bool bos, int64_t item) {
 // every token masked once, in windows of the model's length.
 static void ask_text(Task *t, const Model *m, bool bos, int64_t item) {
     (void)bos;
-    Ids ids = {0};
     const char *text = t->items[item].field[0];
+    int64_t start = t->pool.n, window = m->max_length, done = 0;
+    Ids ids = {0};
     encode(m->tokenizer, text, (int64_t)strlen(text), &ids);
-    if (m->bos < 0) die("%s: has no BOS token, which running text begins with", m->path);
     if (m->arch == LLAMA) {
-        int64_t start = t->pool.n, window = m->max_length;
-        ids_push(&t->pool, m->bos);
-        for (int64_t i = 0; i < ids.n; i++) ids_push(&t->pool, ids.id[i]);
-        if (!ids.n) new_request(t, item, 0)->n = 1, t->requests[t->n_requests - 1].first = start;
-        for (int64_t done = 0, end; done < ids.n; done = end) {
+        push_bos(m, &t->pool);
+        push_ids(&t->pool, &ids, 0, ids.n);
+        for (int64_t end; done < ids.n; done = end) {
             end = done + window < ids.n ? done + window : ids.n;
-            Request *r = new_request(t, item, 0);
-            int64_t from = end - window > 0 ? end - window : 0;
+            int64_t from = end > window ? end - window : 0;
+            Request *r = new_request(t, item);
             r->first = start + from;            // pool[start + i] is the token before ids[i]
             r->n = end - from;
             r->row = done - from;
@@ -3338,20 +3300,22 @@ static void ask_text(Task *t, const Model *m, bool bos, int64_t item) {
             r->n_targets = end - done;
         }
     } else {
-        int64_t window = (m->max_length < 512 ? m->max_length : 512) - 2;
+        window = (window < 512 ? window : 512) - 2;
         if (window < 1) die("%s: its context holds no text between [CLS] and [SEP]", m->path);
-        for (int64_t done = 0; done == 0 || done < ids.n; done += window) {
-            int64_t n = ids.n - done < window ? ids.n - done : window, start = t->pool.n;
+        do {
+            int64_t n = ids.n - done < window ? ids.n - done : window;
+            start = t->pool.n;
             ids_push(&t->pool, m->bos);
-            for (int64_t i = 0; i < n; i++) ids_push(&t->pool, ids.id[done + i]);
+            push_ids(&t->pool, &ids, done, done + n);
             ids_push(&t->pool, m->eos);
-            for (int64_t i = 1; i <= n || i == 1; i++) {    // an empty text asks for nothing
-                Request *r = new_request(t, item, 0);
+            for (int64_t i = 1; i <= n || i == 1; i++) {    // no tokens: nothing to mask or score
+                Request *r = new_request(t, item);
                 *r = (Request){.item = item, .first = start, .n = n + 2, .segment_from = n + 2,
                                .mask_at = n ? i : -1, .row = i, .target = start + i,
                                .n_targets = n > 0};
             }
-        }
+            done += window;
+        } while (done < ids.n);
     }
     release(ids.id);
 }
@@ -3361,33 +3325,31 @@ static void ask_text(Task *t, const Model *m, bool bos, int64_t item) {
 static void ask_classify(Task *t, const Model *m, bool bos, int64_t item) {
     (void)bos;
     const Item *it = &t->items[item];
-    Request *r = new_request(t, item, 0);
+    Request *r = new_request(t, item);
     Ids text[2] = {{0}, {0}};
     int pair = it->n_fields > 2;
-    int64_t limit = (m->max_length < 128 ? m->max_length : 128) - 2 - pair, n[2] = {0, 0};
+    int64_t limit = (m->max_length < 128 ? m->max_length : 128) - 2 - pair;
     for (int i = 0; i <= pair; i++) {
         encode(m->tokenizer, it->field[1 + i], (int64_t)strlen(it->field[1 + i]), &text[i]);
-        n[i] = text[i].n;
     }
-    if (n[0] + n[1] > limit) {
-        int longer = pair && n[1] >= n[0];
-        int64_t small = n[!longer] * pair;
-        int64_t large = small > limit || limit - small < small ? small : limit - small;
+    if (text[0].n + text[1].n > limit) {
+        int longer = pair && text[1].n >= text[0].n;
+        int64_t small = text[!longer].n, large = limit - small > small ? limit - small : small;
         if (small + large > limit) {
             small = limit / 2;
             large = limit - small;
         }
-        n[longer] = large;
-        n[!longer] = small;
+        text[longer].n = large;
+        text[!longer].n = small;
         t->cut[item] = true;
     }
     ids_push(&t->pool, m->bos);
-    for (int64_t i = 0; i < n[0]; i++) ids_push(&t->pool, text[0].id[i]);
+    push_ids(&t->pool, &text[0], 0, text[0].n);
     ids_push(&t->pool, m->eos);
     r->segment_from = t->pool.n - r->first;
-    for (int64_t i = 0; i < n[1]; i++) ids_push(&t->pool, text[1].id[i]);
+    push_ids(&t->pool, &text[1], 0, text[1].n);
     if (pair) ids_push(&t->pool, m->eos);
-    r->n = t->pool.n - r->first;
+    end_request(t, r, m->max_length);
     release(text[0].id);
     release(text[1].id);
 }
@@ -3415,8 +3377,10 @@ static void value_lastword(const Task *t, const Request *r, int64_t n, double *v
 
 static void value_generate(const Task *t, const Request *r, int64_t n, double *value) {
     (void)n;
-    value[0] = exact_match(r->text.s ? r->text.s : "", t->items[r->item].field[1], false);
-    value[1] = exact_match(r->text.s ? r->text.s : "", t->items[r->item].field[1], true);
+    const char *text = r->text.s ? r->text.s : "", *answer = t->items[r->item].field[1];
+    for (int flexible = 0; flexible < 2; flexible++) {
+        value[flexible] = exact_match(text, answer, flexible);
+    }
 }
 
 static void value_classify(const Task *t, const Request *r, int64_t n, double *value) {
@@ -3437,13 +3401,13 @@ static void value_text(const Task *t, const Request *r, int64_t n, double *value
 }
 
 static const Kind kinds[] = {
-    {"choice", LLAMA, SCORES, 2, 4, INT_MAX, false, ask_choice, value_choice},
-    {"contexts", LLAMA, SCORES, 1, 4, INT_MAX, false, ask_contexts, value_choice},
-    {"lastword", LLAMA, SCORES, 2, 2, 2, false, ask_lastword, value_lastword},
-    {"generate", LLAMA, GENERATES, 2, 2, 2, false, ask_generate, value_generate},
-    {"classify", BERT, CLASSIFIES, 2, 2, 3, false, ask_classify, value_classify},
-    {"regress", BERT, CLASSIFIES, 2, 2, 3, false, ask_classify, value_classify},
-    {"text", 0, SCORES, 5, 1, 1, true, ask_text, value_text},
+    {"choice", LLAMA, SCORES, 2, "gstt", INT_MAX, false, ask_choice, value_choice},
+    {"contexts", LLAMA, SCORES, 1, "gtss", INT_MAX, false, ask_contexts, value_choice},
+    {"lastword", LLAMA, SCORES, 2, "st", 2, false, ask_lastword, value_lastword},
+    {"generate", LLAMA, GENERATES, 2, "ss", 2, false, ask_generate, value_generate},
+    {"classify", BERT, CLASSIFIES, 2, "gs", 3, false, ask_classify, value_classify},
+    {"regress", BERT, CLASSIFIES, 2, "xs", 3, false, ask_classify, value_classify},
+    {"text", 0, SCORES, 5, "t", 1, true, ask_text, value_text},
 };
 enum { N_KINDS = sizeof kinds / sizeof *kinds };
 
@@ -3481,138 +3445,107 @@ static char **split(char *s, char separator, int *n) {
 }
 
 // One option of the header, "key=value".
-static void task_option(Task *t, char *option) {
-    char *value = strchr(option, '=');
-    if (!value) die("%s: line 1: \"%s\" is not of the form key=value", t->path, option);
-    *value++ = 0;
-    int n;
-    if (!strcmp(option, "name")) t->name = value;
-    else if (!strcmp(option, "head")) t->head = value;
-    else if (!strcmp(option, "kind")) {
+static void task_option(Task *t, char *key) {
+    char *value = strchr(key, '='), **part = NULL;
+    bool good = value != NULL;
+    int n = 0;
+    if (good) *value++ = 0;
+    if (!good) value = "";
+    else if (!strcmp(key, "head")) t->head = value;
+    else if (!strcmp(key, "name")) {            // it becomes a column of tables and a file name
+        t->name = value;
+        good = *value && !value[strspn(value, "ABCDEFGHIJKLMNOPQRSTUVWXYZ-_."
+                                              "abcdefghijklmnopqrstuvwxyz0123456789")];
+    } else if (!strcmp(key, "kind")) {
         for (int i = 0; i < N_KINDS; i++) {
             if (!strcmp(kinds[i].name, value)) t->kind = &kinds[i];
         }
-        if (!t->kind) die("%s: line 1: kind \"%s\" is unknown; see README.md", t->path, value);
-    } else if (!strcmp(option, "chance")) {
-        if (!parse_double(value, &t->chance)) {
-            die("%s: line 1: chance \"%s\" is not a number", t->path, value);
+        good = t->kind != NULL;
+    } else if (!strcmp(key, "chance")) good = parse_double(value, &t->chance);
+    else if (!strcmp(key, "max_tokens")) good = parse_int(value, 1, 1 << 20, &t->max_tokens);
+    else if (!strcmp(key, "metrics")) {
+        part = split(value, ',', &n);
+        for (int i = 0; i < n && good; i++) {
+            const Metric *m = t->kind ? metric_find(t->kind->name, value = part[i]) : NULL;
+            good = m && t->n_metrics < 8;
+            if (good) t->metrics[t->n_metrics++] = m;
         }
-    } else if (!strcmp(option, "max_tokens")) {
-        if (!parse_int(value, 1, 1 << 20, &t->max_tokens)) {
-            die("%s: line 1: max_tokens \"%s\" is not a whole number from 1", t->path, value);
-        }
-    } else if (!strcmp(option, "metrics")) {
-        char **names = split(value, ',', &n);
-        if (!t->kind) die("%s: line 1: kind= must stand before metrics=", t->path);
-        for (int i = 0; i < n; i++) {
-            const Metric *m = metric_find(t->kind->name, names[i]);
-            if (!m || t->n_metrics == 8) {
-                die("%s: line 1: \"%s\" is no metric of kind %s", t->path, names[i], t->kind->name);
-            }
-            t->metrics[t->n_metrics++] = m;
-        }
-        release(names);
-    } else if (!strcmp(option, "labels") || !strcmp(option, "stop")) {
-        char **parts = split(value, '|', &n);
-        for (int i = 0; i < n; i++) {
-            if (!unescape(parts[i]) || !*parts[i]) {
-                die("%s: line 1: %s has an empty part or a bad escape", t->path, option);
-            }
-        }
-        if (*option == 'l') t->labels = parts, t->n_labels = n;
-        else t->stops = parts, t->n_stops = n;
-    } else {
-        die("%s: line 1: option \"%s\" is unknown; see README.md", t->path, option);
+    } else if (!strcmp(key, "labels") || !strcmp(key, "stop")) {
+        part = split(value, '|', &n);
+        for (int i = 0; i < n; i++) good &= unescape(part[i]) && *part[i];
+        *(*key == 'l' ? &t->labels : &t->stops) = part;
+        *(*key == 'l' ? &t->n_labels : &t->n_stops) = n;
+    } else good = false;
+    if (!good) {
+        die("%s: line 1: %s=%s: no such option or value (kind= stands before metrics=; names have "
+            "A-Z a-z 0-9 . _ -); see README.md, A task of your own", t->path, key, value);
     }
 }
 
-// Checks the fields of an item, so that all that follows can trust them.
-static void check_item(const Task *t, int64_t i) {
-    const Item *it = &t->items[i];
-    const char *kind = t->kind->name;
-    double number;
-    int64_t gold;
-    if (it->n_fields < t->kind->fewest_fields || it->n_fields > t->kind->most_fields) {
-        die("%s: line %lld: %d columns, kind %s has %d%s; mend the line", t->path,
-            (long long)it->line, it->n_fields, kind, t->kind->fewest_fields,
-            t->kind->most_fields > t->kind->fewest_fields ? " or more" : "");
-    }
+// Checks the columns of an item, so that all that follows can trust them, and undoes escapes.
+static void check_item(const Task *t, const Item *it) {
+    const Kind *k = t->kind;
+    const char *fault = NULL;
+    int fewest = (int)strlen(k->columns);
+    int choices = k->output == CLASSIFIES ? t->n_labels : it->n_fields - 2;
     for (int f = 0; f < it->n_fields; f++) {
-        if (!unescape(it->field[f])) bad_item(t, i, "a backslash before other than n, t, r or \\");
+        char *field = it->field[f], column = k->columns[f < fewest ? f : fewest - 1];
+        double number;
+        int64_t gold;
+        if (!unescape(field)) fault = "a backslash before other than n, t, r or \\";
+        else if (column == 't' && !*field) fault = "an empty column";
+        else if (column == 'g' && !parse_int(field, 0, choices - 1, &gold)) {
+            fault = "the first column is not the number of a choice or label, counted from 0";
+        } else if (column == 'x' && !(parse_double(field, &number) && isfinite(number))) {
+            fault = "the first column is not a number";
+        }
     }
-    if (!strcmp(kind, "choice") || !strcmp(kind, "contexts")) {
-        if (!parse_int(it->field[0], 0, it->n_fields - 3, &gold)) {
-            bad_item(t, i, "the first column is not the number of a choice, counted from 0");
-        }
-        for (int f = *kind == 'c' && kind[1] == 'h' ? 2 : 1; f < it->n_fields; f++) {
-            if (!*it->field[f] && (kind[1] == 'h' || f == 1)) bad_item(t, i, "an empty continuation");
-        }
-    } else if (!strcmp(kind, "lastword")) {
-        if (!*it->field[1]) bad_item(t, i, "an empty target");
-    } else if (!strcmp(kind, "classify")) {
-        if (!parse_int(it->field[0], 0, t->n_labels - 1, &gold)) {
-            bad_item(t, i, "the first column is not the number of a label, counted from 0");
-        }
-    } else if (!strcmp(kind, "regress")) {
-        if (!parse_double(it->field[0], &number) || !isfinite(number)) {
-            bad_item(t, i, "the first column is not a number");
-        }
+    if (it->n_fields < fewest || it->n_fields > k->most) fault = "too few or too many columns";
+    if (fault) {
+        die("%s: line %lld: %s, for kind %s; mend the line (README.md, A task of your own)", t->path,
+            (long long)it->line, fault, k->name);
     }
 }
 
 // Reads a task file and checks all of it.
 static Task *task_load(const char *path) {
     Task *t = allocate(1, sizeof *t, "task");
-    int64_t bytes, capacity = 0, line = 0;
+    int64_t bytes;
+    int n, n_lines;
     t->path = copy_string(path);
     t->text = read_file(path, &bytes);
     t->chance = NAN;
     t->max_tokens = 256;
     t->hash = hash_bytes((unsigned char *)t->text, bytes);
-    char *at = t->text, *end = at + bytes;
-    if (!strncmp(at, "\xef\xbb\xbf", 3)) at += 3;
-    while (at < end) {
-        char *stop = memchr(at, '\n', (size_t)(end - at));
-        if (!stop) stop = end;
-        line++;
-        if (memchr(at, 0, (size_t)(stop - at))) {
-            die("%s: line %lld: a NUL byte; task files are text", path, (long long)line);
-        }
-        *stop = 0;
-        if (stop > at && stop[-1] == '\r') stop[-1] = 0;
-        int n;
-        char **field = split(at, '\t', &n);
-        at = stop + 1;
-        if (line == 1) {
-            if (strcmp(field[0], "#painters-task") || n < 2 || strcmp(field[1], "1")) {
-                die("%s: line 1: not a task file of version 1; it begins #painters-task<TAB>1", path);
-            }
-            for (int i = 2; i < n; i++) task_option(t, field[i]);
-            release(field);
-            continue;
-        }
-        if (n == 1 && !*field[0]) {             // an empty line at the end is no item
-            release(field);
-            if (at < end) die("%s: line %lld: an empty line; remove it", path, (long long)line);
-            continue;
-        }
-        t->items = grow(t->items, &capacity, t->n_items + 1, sizeof *t->items, "items");
-        t->items[t->n_items++] = (Item){field, n, line};
+    bool whole = (int64_t)strlen(t->text) == bytes;
+    char **line = split(t->text + 3 * !strncmp(t->text, "\xef\xbb\xbf", 3), '\n', &n_lines);
+    if (!whole) die("%s: line %d: a NUL byte; task files are text", path, n_lines);
+    for (int i = 0; i < n_lines; i++) {
+        char *end = line[i] + strlen(line[i]);
+        if (end > line[i] && end[-1] == '\r') end[-1] = 0;
     }
+    while (n_lines > 1 && !*line[n_lines - 1]) n_lines--;
+    char **field = split(line[0], '\t', &n);
+    if (n < 2 || strcmp(field[0], "#painters-task") || strcmp(field[1], "1")) {
+        die("%s: line 1: not a task file of version 1; it begins #painters-task<TAB>1", path);
+    }
+    for (int i = 2; i < n; i++) task_option(t, field[i]);
     if (!t->kind || !t->name || !t->n_metrics) {
         die("%s: line 1: name=, kind= and metrics= are needed", path);
-    }
-    for (const char *c = t->name; *c; c++) {    // it becomes a column of tables and a file name
-        if (!strchr("._-", *c) && !(*c >= '0' && *c <= '9') && !((*c | 32) >= 'a' && (*c | 32) <= 'z')) {
-            die("%s: line 1: the name \"%s\" has other characters than A-Z a-z 0-9 . _ -", path, t->name);
-        }
     }
     if (!strcmp(t->kind->name, "classify") && t->n_labels < 2) {
         die("%s: line 1: labels=A|B|... is needed for kind classify", path);
     }
-    for (int64_t i = 0; i < t->n_items; i++) check_item(t, i);
-    if (!t->n_items) die("%s: line 2: no items; a task has at least one", path);
+    if (n_lines < 2) die("%s: line 2: no items; a task has at least one", path);
+    t->n_items = n_lines - 1;
+    t->items = allocate(t->n_items, sizeof *t->items, "items");
     t->cut = allocate(t->n_items, sizeof *t->cut, "items");
+    for (int64_t i = 0; i < t->n_items; i++) {
+        Item *it = &t->items[i];
+        it->line = i + 2;
+        it->field = split(line[i + 1], '\t', &it->n_fields);
+        check_item(t, it);
+    }
     Text id = {0};
     text_printf(&id, "#task\t%s\t%016llx\t%s\t%lld\t%.9g\t", t->name, (unsigned long long)t->hash,
                 t->kind->name, (long long)t->n_items, t->chance);
@@ -3621,15 +3554,6 @@ static Task *task_load(const char *path) {
     }
     t->identity = id.s;
     return t;
-}
-
-static void task_free(Task *t) {
-    for (int64_t i = 0; i < t->n_items && t->items; i++) release(t->items[i].field);
-    for (int64_t i = 0; i < t->n_requests; i++) release(t->requests[i].text.s);
-    void *own[] = {t->path, t->text, t->identity, t->items, t->labels, t->stops, t->pool.id,
-                   t->requests, t->cut, t->label_of};
-    for (size_t i = 0; i < sizeof own / sizeof *own; i++) release(own[i]);
-    release(t);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -3864,8 +3788,7 @@ static int64_t store_read(Store *st, const char *path) {
         else if (!st->identity) die("%s: line 1: not a result file of painters --out", path);
         else if (!strncmp(at, "#task\t", 6)) {
             Task *t = task_from_line(at, path, number);
-            int known = st->n_tasks;
-            if (store_task(st, t, false) < known) task_free(t);
+            store_task(st, t, false);
         } else store_record(st, at, path, number);
     }
     int64_t whole = at - text;
@@ -5664,7 +5587,7 @@ static void cosine(Session *s, const Wanted *w, const Schedule *schedule, const 
         }
     } else {
         t = allocate(1, sizeof *t, "task");
-        Request *r = new_request(t, 0, 0);
+        Request *r = new_request(t, 0);
         if ((m->arch == BERT || w->bos) && m->bos >= 0) ids_push(&t->pool, m->bos);
         encode(need_tokenizer(m), prompt, (int64_t)strlen(prompt), &t->pool);
         if (m->arch == BERT && m->eos >= 0) ids_push(&t->pool, m->eos);
@@ -5708,7 +5631,6 @@ static void cosine(Session *s, const Wanted *w, const Schedule *schedule, const 
     release(names);
     release(text);
     release(sum);
-    task_free(t);
 }
 
 // ------------------------------------------------------------------------------------------------
