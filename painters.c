@@ -2215,19 +2215,15 @@ static void load_piece(Tokenizer *t, SectionReader *r, int i) {
 // Is range i in its place, and its value one that the rule can have?
 static bool good_range(const Tokenizer *t, int64_t i) {
     const Range *r = &t->range[i];
-    int64_t first = r->first, v = r->value;
-    int64_t last = i + 1 < t->n_ranges ? (int64_t)r[1].first - 1 : 0x10FFFF;
-    if (first > last || last > 0x10FFFF || (i == 0 && first)) return false;
-    switch (r->rule) {
-    case RULE_LETTER:
-    case RULE_ALONE: return first + v >= 0 && last + v <= 0x10FFFF;
-    case RULE_COMBINING: return v > 0 && v < 256;
-    case RULE_HANGUL: return first >= 0xAC00 && last <= 0xD7A3;
-    case RULE_STRING:
-        return v >= 0 && v < t->n_strings && t->string[v] <= LONGEST_STRING
-            && t->string[v] < t->n_strings - v;
-    default: return r->rule < N_RULES;
-    }
+    int64_t first = r->first, last = i + 1 < t->n_ranges ? (int64_t)r[1].first - 1 : 0x10FFFF;
+    bool mark = r->rule == RULE_COMBINING, string = r->rule == RULE_STRING;
+    int64_t least = mark ? 1 : string ? 0 : -first;
+    int64_t most = mark ? 255 : string ? t->n_strings - 1 : 0x10FFFF - last;
+    return r->rule < N_RULES && first <= last && last <= 0x10FFFF && (i > 0 || first == 0)
+        && r->value >= least && r->value <= most
+        && (r->rule != RULE_HANGUL || (first >= 0xAC00 && last <= 0xD7A3))
+        && (!string || (t->string[r->value] <= LONGEST_STRING
+                        && t->string[r->value] < t->n_strings - r->value));
 }
 
 // Reads the Unicode table of a WordPiece section.
@@ -2314,6 +2310,17 @@ static void score_pair(const Tokenizer *t, Bpe *b, int64_t i) {
     symbol[i].score = id < 0 ? -INFINITY : t->piece[id].score;
 }
 
+// The text as sentencepiece sees it: a space in front, spaces as U+2581, valid UTF-8.
+static void normalise(const char *text, int64_t bytes, Text *out) {
+    text_add(out, WORD_SPACE, 3);
+    for (int64_t i = 0; i < bytes;) {
+        uint32_t code;
+        char c[4];
+        i += utf8_read(text + i, bytes - i, &code);
+        text_add(out, c, utf8_write(c, code == ' ' ? 0x2581 : code));
+    }
+}
+
 // Merges s[0 .. n) and appends its ids.
 static void merge_run(const Tokenizer *t, Bpe *b, const char *s, int64_t n, Ids *out) {
     uint32_t code;
@@ -2353,45 +2360,11 @@ static void merge_run(const Tokenizer *t, Bpe *b, const char *s, int64_t n, Ids 
     }
 }
 
-// Pieces taken verbatim never merge, and where no piece spans two words, no merge in one can touch
-// another: the text falls into short runs.
-static void encode_sentencepiece(const Tokenizer *t, const char *text, int64_t bytes, Ids *out) {
-    Bpe b = {0};
-    Text whole = {0};
-    uint32_t code;
-    char c[4];
-    if (!bytes) return;
-    text_add(&whole, WORD_SPACE, 3);
-    for (int64_t i = 0; i < bytes;) {
-        i += utf8_read(text + i, bytes - i, &code);
-        text_add(&whole, c, utf8_write(c, code == ' ' ? 0x2581 : code));
-    }
-    const char *s = whole.s;
-    int64_t start = 0;
-    for (int64_t at = 0; at < whole.n;) {
-        int id = longest_piece(t, s + at, whole.n - at, 0, true);
-        if (id >= 0 || (t->cut && word_starts(s + start, whole.n - start, at - start))) {
-            merge_run(t, &b, s + start, at - start, out);
-            start = at;
-        }
-        if (id >= 0) {
-            ids_push(out, id);
-            start = at += t->piece[id].length;
-        } else {
-            at += utf8_read(s + at, whole.n - at, &code);
-        }
-    }
-    merge_run(t, &b, s + start, whole.n - start, out);
-    release(whole.s);
-    release(b.symbol);
-    release(b.best);
-}
-
 // --- WordPiece -----------------------------------------------------------------------------------
 
 typedef struct {            // a word in the making
     int n;                  // characters; WORD_CHARS + 1 also stands for more
-    int fixed;              // the first `fixed` of them stay where they are
+    int fixed;              // marks do not go before that many of them
     uint32_t code[WORD_CHARS + 1];      // code point | canonical combining class << 24
 } Word;
 
@@ -2401,7 +2374,6 @@ static void word_add(Word *w, uint32_t code, uint32_t class) {
     int i = w->n++;
     for (; class && i > w->fixed && w->code[i - 1] >> 24 > class; i--) w->code[i] = w->code[i - 1];
     w->code[i] = code | class << 24;
-    if (!class) w->fixed = w->n;
 }
 
 // Appends the ids of the word's pieces, longest first from the left; [UNK] alone where that fails.
@@ -2425,11 +2397,12 @@ static void word_end(const Tokenizer *t, Word *w, Ids *out) {
 
 // The range that holds a code point.
 static const Range *range_of(const Tokenizer *t, uint32_t code) {
-    int64_t lo = 0, hi = t->n_ranges;
+    int64_t lo = 0, hi = code < t->n_ranges ? (int64_t)code + 1 : t->n_ranges;
     while (hi - lo > 1) {
         int64_t middle = (lo + hi) / 2;
-        if (t->range[middle].first <= code) lo = middle;
-        else hi = middle;
+        bool above = t->range[middle].first > code;
+        lo = above ? lo : middle;
+        hi = above ? middle : hi;
     }
     return &t->range[lo];
 }
@@ -2464,30 +2437,41 @@ static void word_feed(const Tokenizer *t, Word *w, uint32_t code, Ids *out) {
     }
 }
 
-static void encode_wordpiece(const Tokenizer *t, const char *text, int64_t bytes, Ids *out) {
-    Word w = {.n = 0};
-    for (int64_t i = 0; i < bytes;) {
-        uint32_t code;
-        int id = longest_piece(t, text + i, bytes - i, 0, true);
-        if (id >= 0) {
-            word_end(t, &w, out);
-            ids_push(out, id);
-            i += t->piece[id].length;
-        } else {
-            i += utf8_read(text + i, bytes - i, &code);
-            word_feed(t, &w, code, out);
-        }
-    }
-    word_end(t, &w, out);
-}
-
 // --- Both ----------------------------------------------------------------------------------------
 
 // Appends the ids of text[0..bytes), without BOS, [CLS] or [SEP]. Any bytes are a text: one that
-// is not UTF-8 counts as U+FFFD, as sentencepiece has it (and WordPiece drops it).
+// is not UTF-8 counts as U+FFFD, as sentencepiece has it (and WordPiece drops it). Pieces taken
+// verbatim end a word or run; where no piece spans two words, so does a word's start.
 static void encode(const Tokenizer *t, const char *text, int64_t bytes, Ids *out) {
-    if (t->kind == SENTENCEPIECE) encode_sentencepiece(t, text, bytes, out);
-    else encode_wordpiece(t, text, bytes, out);
+    Bpe b = {0};
+    Word w = {.n = 0};
+    Text whole = {0};
+    bool wordpiece = t->kind == WORDPIECE;
+    uint32_t code;
+    int64_t start = 0;
+    if (!wordpiece && bytes) {
+        normalise(text, bytes, &whole);
+        text = whole.s;
+        bytes = whole.n;
+    }
+    for (int64_t at = 0, n; at < bytes; at += n) {
+        int id = longest_piece(t, text + at, bytes - at, 0, true);
+        n = id >= 0 ? t->piece[id].length : utf8_read(text + at, bytes - at, &code);
+        if (wordpiece && id >= 0) word_end(t, &w, out);
+        else if (wordpiece) word_feed(t, &w, code, out);
+        else if (id >= 0 || (t->cut && word_starts(text + start, bytes - start, at - start))) {
+            merge_run(t, &b, text + start, at - start, out);
+            start = at;
+        }
+        if (id < 0) continue;
+        ids_push(out, id);
+        start = at + n;
+    }
+    if (wordpiece) word_end(t, &w, out);
+    else merge_run(t, &b, text + start, bytes - start, out);
+    release(whole.s);
+    release(b.symbol);
+    release(b.best);
 }
 
 // Appends the text of one token as it continues the token `previous` (-1: it starts a text).
@@ -3243,25 +3227,16 @@ static void ask_continuation(Task *t, const Model *m, bool bos, int64_t item,
     release(whole.s);
 }
 
-// gold, context, choice, choice, ...
-static void ask_choice(Task *t, const Model *m, bool bos, int64_t item) {
-    const Item *i = &t->items[item];
-    for (int c = 2; c < i->n_fields; c++) {
-        ask_continuation(t, m, bos, item, i->field[1], i->field[c]);
+// gold, context, choice, choice, ...; or gold, continuation, context, context, ...; or context,
+// continuation.
+static void ask_continuations(Task *t, const Model *m, bool bos, int64_t item) {
+    char **field = t->items[item].field;
+    int n = t->items[item].n_fields;
+    bool contexts = t->kind->columns[1] == 't';
+    if (n == 2) ask_continuation(t, m, bos, item, field[0], field[1]);
+    for (int c = 2; c < n; c++) {
+        ask_continuation(t, m, bos, item, field[contexts ? c : 1], field[contexts ? 1 : c]);
     }
-}
-
-// gold, continuation, context, context, ...
-static void ask_contexts(Task *t, const Model *m, bool bos, int64_t item) {
-    const Item *i = &t->items[item];
-    for (int c = 2; c < i->n_fields; c++) {
-        ask_continuation(t, m, bos, item, i->field[c], i->field[1]);
-    }
-}
-
-// context, target
-static void ask_lastword(Task *t, const Model *m, bool bos, int64_t item) {
-    ask_continuation(t, m, bos, item, t->items[item].field[0], t->items[item].field[1]);
 }
 
 // prompt, answer
@@ -3401,9 +3376,9 @@ static void value_text(const Task *t, const Request *r, int64_t n, double *value
 }
 
 static const Kind kinds[] = {
-    {"choice", LLAMA, SCORES, 2, "gstt", INT_MAX, false, ask_choice, value_choice},
-    {"contexts", LLAMA, SCORES, 1, "gtss", INT_MAX, false, ask_contexts, value_choice},
-    {"lastword", LLAMA, SCORES, 2, "st", 2, false, ask_lastword, value_lastword},
+    {"choice", LLAMA, SCORES, 2, "gstt", INT_MAX, false, ask_continuations, value_choice},
+    {"contexts", LLAMA, SCORES, 1, "gtss", INT_MAX, false, ask_continuations, value_choice},
+    {"lastword", LLAMA, SCORES, 2, "st", 2, false, ask_continuations, value_lastword},
     {"generate", LLAMA, GENERATES, 2, "ss", 2, false, ask_generate, value_generate},
     {"classify", BERT, CLASSIFIES, 2, "gs", 3, false, ask_classify, value_classify},
     {"regress", BERT, CLASSIFIES, 2, "xs", 3, false, ask_classify, value_classify},
@@ -3502,7 +3477,7 @@ static void check_item(const Task *t, const Item *it) {
     }
     if (it->n_fields < fewest || it->n_fields > k->most) fault = "too few or too many columns";
     if (fault) {
-        die("%s: line %lld: %s, for kind %s; mend the line (README.md, A task of your own)", t->path,
+        die("%s: line %lld: %s, for kind %s; see README.md, A task of your own", t->path,
             (long long)it->line, fault, k->name);
     }
 }
