@@ -3056,6 +3056,7 @@ static void probe_fit(const float *x, const double *y, int64_t n, int64_t d, int
     double *before = gradient + size, *step = before + size, *penalty = step + size;
     double *z = penalty + size, *along = z + cells, *r = along + cells, *mean = r + cells;
     double slope, curvature;
+    #pragma omp parallel for if (n * d > PROBE_ALONE)
     for (int64_t j = 0; j < d; j++) {
         for (int64_t i = 0; i < n; i++) mean[j] += x[i * d + j] / (double)n;
         for (int64_t i = 0; i < n; i++) f.x[j * n + i] = (float)(x[i * d + j] - mean[j]);
@@ -3095,6 +3096,7 @@ static void probe_fit(const float *x, const double *y, int64_t n, int64_t d, int
             double next = t - slope / (curvature + w_curvature);
             t = next > low && next < high ? next : (low + high) / 2;
         }
+        if (t == 0 && !(bent > 0)) break;               // nothing left but rounding
         for (int64_t j = 0; j < size; j++) w[j] += t * step[j];
         for (int64_t c = 0; c < cells; c++) z[c] += t * along[c];
     }
