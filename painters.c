@@ -3405,8 +3405,8 @@ static bool unescape(char *s) {
     return true;
 }
 
-// Splits `s` at each `separator` that no backslash stands before; returns the pieces and their
-// number. The pieces are parts of s.
+// Splits `s` at each `separator` that no backslash stands before (at the end of a line it escapes
+// nothing); returns the pieces and their number. The pieces are parts of s.
 static char **split(char *s, char separator, int *n) {
     char **piece = NULL;
     int64_t capacity = 0;
@@ -3414,7 +3414,7 @@ static char **split(char *s, char separator, int *n) {
         piece = grow(piece, &capacity, *n + 1, sizeof *piece, "fields");
         piece[(*n)++] = s;
         for (; *s && *s != separator; s++) {
-            if (*s == '\\' && s[1]) s++;
+            if (*s == '\\' && s[1] && s[1] != '\n') s++;
         }
         if (!*s) return piece;
         *s = 0;
