@@ -3040,6 +3040,24 @@ static void probe_loss(const Probe *f, const double *z, const double *along, dou
     }
 }
 
+// Newton's method for the t where the slope along the line is all but 0; the weights' penalty adds
+// w_slope + t * w_curvature to it. r becomes the gradient by the scores there.
+static double probe_search(const Probe *f, const double *z, const double *along, double w_slope,
+                           double w_curvature, double *r) {
+    double t = 0, low = 0, high = INFINITY, goal = 0, slope, curvature;
+    for (int tries = 0; tries < 100; tries++) {
+        probe_loss(f, z, along, t, r, &slope, &curvature);
+        slope += w_slope + t * w_curvature;
+        if (!tries) goal = 1e-3 * fabs(slope);
+        if (fabs(slope) <= goal) break;
+        if (slope < 0) low = t;                     // it changes its sign between low and high
+        else high = t;
+        double next = t - slope / (curvature + w_curvature);
+        t = next > low && next < high ? next : (low + high) / 2;
+    }
+    return t;
+}
+
 static double inner(const double *a, const double *b, int64_t n) {
     double sum = 0;
     for (int64_t j = 0; j < n; j++) sum += a[j] * b[j];
@@ -3055,7 +3073,6 @@ static void probe_fit(const float *x, const double *y, int64_t n, int64_t d, int
     double *work = allocate(4 * size + 3 * cells + d, sizeof *work, "probe"), *gradient = work;
     double *before = gradient + size, *step = before + size, *penalty = step + size;
     double *z = penalty + size, *along = z + cells, *r = along + cells, *mean = r + cells;
-    double slope, curvature;
     #pragma omp parallel for if (n * d > PROBE_ALONE)
     for (int64_t j = 0; j < d; j++) {
         for (int64_t i = 0; i < n; i++) mean[j] += x[i * d + j] / (double)n;
@@ -3066,7 +3083,7 @@ static void probe_fit(const float *x, const double *y, int64_t n, int64_t d, int
         w[j] = 0;
         penalty[j] = j % width == d ? 0 : classes == 2 ? 2 * strength : strength;
     }
-    probe_loss(&f, z, along, 0, r, &slope, &curvature);
+    probe_search(&f, z, along, 0, 0, r);            // along is 0: no more than r where z is 0
     for (int turn = 0; turn < 10000; turn++) {
         double turned = 0, bent = 0, w_slope = 0, w_curvature = 0;
         #pragma omp parallel for if (cells * d > PROBE_ALONE)
@@ -3085,17 +3102,7 @@ static void probe_fit(const float *x, const double *y, int64_t n, int64_t d, int
             w_curvature += penalty[j] * step[j] * step[j];
         }
         probe_scores(&f, step, along);
-        double t = 0, low = 0, high = INFINITY, goal = 0;   // the slope changes its sign between
-        for (int tries = 0; tries < 100; tries++) {
-            probe_loss(&f, z, along, t, r, &slope, &curvature);
-            slope += w_slope + t * w_curvature;
-            if (!tries) goal = 1e-3 * fabs(slope);
-            if (fabs(slope) <= goal) break;
-            if (slope < 0) low = t;
-            else high = t;
-            double next = t - slope / (curvature + w_curvature);
-            t = next > low && next < high ? next : (low + high) / 2;
-        }
+        double t = probe_search(&f, z, along, w_slope, w_curvature, r);
         if (t == 0 && !(bent > 0)) break;               // nothing left but rounding
         for (int64_t j = 0; j < size; j++) w[j] += t * step[j];
         for (int64_t c = 0; c < cells; c++) z[c] += t * along[c];
@@ -3434,10 +3441,11 @@ static void task_option(Task *t, char *key) {
         good = *value && !value[strspn(value, "ABCDEFGHIJKLMNOPQRSTUVWXYZ-_."
                                               "abcdefghijklmnopqrstuvwxyz0123456789")];
     } else if (!strcmp(key, "kind")) {
+        t->kind = NULL;
         for (int i = 0; i < N_KINDS; i++) {
             if (!strcmp(kinds[i].name, value)) t->kind = &kinds[i];
         }
-        good = t->kind != NULL;
+        good = t->kind && !t->n_metrics;
     } else if (!strcmp(key, "chance")) good = parse_double(value, &t->chance);
     else if (!strcmp(key, "max_tokens")) good = parse_int(value, 1, 1 << 20, &t->max_tokens);
     else if (!strcmp(key, "metrics")) {
