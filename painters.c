@@ -1917,28 +1917,20 @@ typedef struct {
     int rule, value;
 } Range;
 
-typedef struct {            // of an open-addressing hash table
-    uint32_t hash;
-    int id;                 // -1: empty
-} Slot;
-
 typedef struct Tokenizer {
-    int kind;               // SENTENCEPIECE, WORDPIECE or NO_TOKENIZER
+    int kind;               // SENTENCEPIECE or WORDPIECE
     int n_tokens;           // at most the model's vocabulary
     int unk;                // WordPiece: the id of a word that no pieces cover
-    bool lower;             // WordPiece: letters are lower-cased (the table does it; for --info)
     bool cut;               // SentencePiece: no piece reaches from one word into the next
     int longest;            // piece, in bytes
-    int longest_verbatim;   // the same of those taken verbatim
-    Piece *piece;           // [n_tokens]
-    Slot *slot;             // [slots] finds a piece by its text; slots is a power of two
-    int64_t slots;
-    bool starts[256];       // does a piece taken verbatim start with this byte?
+    int verbatim[256];      // the same of those taken verbatim that start with this byte; 0: none
     int byte_id[256];       // SentencePiece: ids of the byte tokens
+    Piece *piece;           // [n_tokens]
+    int *slot;              // [slots] hash table of ids, open addressing; -1: empty
+    uint32_t slots;         // a power of two
     Range *range;           // [n_ranges] WordPiece: the Unicode table
     uint32_t *string;       // [n_strings]
     int64_t n_ranges, n_strings;
-    int ascii[128];         // index into range, for speed
 } Tokenizer;
 
 #define WORD_SPACE "\xe2\x96\x81"   // U+2581: sentencepiece's visible space
@@ -1952,22 +1944,14 @@ enum {
 // Reads the code point at s, n > 0 bytes before the end of the text, and returns its length. A
 // byte that starts no valid sequence is U+FFFD of length 1: sentencepiece's rule.
 static int utf8_read(const char *s, int64_t n, uint32_t *code) {
+    static const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000};
     const unsigned char *p = (const unsigned char *)s;
-    static const uint32_t least[5] = {0, 0, 0x80, 0x800, 0x10000};
-    int length = p[0] < 0x80 ? 1 : p[0] < 0xC0 ? 0 : p[0] < 0xE0 ? 2 : p[0] < 0xF0 ? 3
-               : p[0] < 0xF8 ? 4 : 0;
-    *code = length == 1 ? p[0] : p[0] & (0x7Fu >> length);
-    if (length == 1) return 1;
-    bool good = length > 0 && length <= n;
-    for (int i = 1; good && i < length; i++) {
-        good = (p[i] & 0xC0) == 0x80;
-        *code = *code << 6 | (p[i] & 0x3F);
-    }
-    if (good && *code >= least[length] && *code <= 0x10FFFF && (*code & 0xFFFFF800) != 0xD800) {
-        return length;
-    }
-    *code = 0xFFFD;
-    return 1;
+    int length = *p < 0xC0 ? 1 : *p < 0xE0 ? 2 : *p < 0xF0 ? 3 : 4, i = 1;
+    uint32_t c = length > 1 ? *p & 0xFFu >> length : *p < 0x80 ? *p : UINT32_MAX;
+    for (; i < length && i < n && (p[i] & 0xC0) == 0x80; i++) c = c << 6 | (p[i] & 0x3F);
+    bool good = i == length && c >= least[length] && c <= 0x10FFFF && c >> 11 != 0xD800 >> 11;
+    *code = good ? c : 0xFFFD;
+    return good ? length : 1;
 }
 
 // Writes a code point and returns its length, at most 4.
@@ -1978,20 +1962,15 @@ static int utf8_write(char *s, uint32_t c) {
     return n;
 }
 
-// FNV-1a, to be continued from h: the hash of a prefix is on the way to that of the whole.
-#define HASH_START 2166136261u
-static uint32_t hash_more(uint32_t h, const char *s, int64_t n) {
-    for (int64_t i = 0; i < n; i++) h = (h ^ (unsigned char)s[i]) * 16777619u;
-    return h;
-}
-
-// The slot of a text with this hash: its piece's, or the empty one where it would go.
-static Slot *slot_of(const Tokenizer *t, const char *s, int64_t n, uint32_t hash) {
-    for (uint32_t i = hash ^ hash >> 16;; i++) {
-        Slot *slot = &t->slot[i & (uint32_t)(t->slots - 1)];
-        if (slot->id < 0) return slot;
-        const Piece *p = &t->piece[slot->id];
-        if (slot->hash == hash && p->length == n && !memcmp(p->text, s, (size_t)n)) return slot;
+// The slot of a text: its piece's, or the empty one where it would go.
+static int *slot_of(const Tokenizer *t, const char *s, int64_t n) {
+    uint32_t hash = 2166136261u;        // FNV-1a
+    for (int64_t i = 0; i < n; i++) hash = (hash ^ (unsigned char)s[i]) * 16777619u;
+    for (hash ^= hash >> 16;; hash++) {
+        int *slot = &t->slot[hash & (t->slots - 1)];
+        if (*slot < 0) return slot;
+        const Piece *p = &t->piece[*slot];
+        if (p->length == n && !memcmp(p->text, s, (size_t)n)) return slot;
     }
 }
 
@@ -1999,17 +1978,23 @@ static bool is_verbatim(const Tokenizer *t, const Piece *p) {
     return p->type == PIECE_VERBATIM || (p->type == PIECE_CONTROL && t->kind == WORDPIECE);
 }
 
-// The longest piece taken verbatim that the text starts with, or -1.
-static int match_verbatim(const Tokenizer *t, const char *text, int64_t bytes) {
-    int best = -1;
-    uint32_t hash = HASH_START;
-    if (!t->starts[(unsigned char)*text]) return -1;
-    for (int n = 1; n <= bytes && n <= t->longest_verbatim; n++) {
-        hash = hash_more(hash, text + n - 1, 1);
-        int id = slot_of(t, text, n, hash)->id;
-        if (id >= 0 && is_verbatim(t, &t->piece[id])) best = id;
+// The longest piece, of more than `least` bytes, that s[0 .. n) starts with, n > 0: one taken
+// verbatim, or one of a word. -1: none.
+static int longest_piece(const Tokenizer *t, const char *s, int64_t n, int least, bool verbatim) {
+    int longest = verbatim ? t->verbatim[(unsigned char)*s] : t->longest;
+    for (n = n < longest ? n : longest; n > least; n--) {
+        int id = *slot_of(t, s, n);
+        if (id < 0) continue;
+        const Piece *p = &t->piece[id];
+        if (verbatim ? is_verbatim(t, p) : p->type != PIECE_VERBATIM) return id;
     }
-    return best;
+    return -1;
+}
+
+// Does a word start at s[at]: a U+2581 with something else before it?
+static bool word_starts(const char *s, int64_t n, int64_t at) {
+    return at > 0 && n - at >= 3 && !memcmp(s + at, WORD_SPACE, 3)
+        && (at < 3 || memcmp(s + at - 3, WORD_SPACE, 3));
 }
 
 // --- Loading -------------------------------------------------------------------------------------
@@ -2020,166 +2005,116 @@ typedef struct {            // where the reader stands in the tokenizer section
     int64_t at, bytes;
 } SectionReader;
 
-static const unsigned char *section_take(SectionReader *r, int64_t n, const char *what) {
-    if (n < 0 || n > r->bytes - r->at) {
-        die("%s: tokenizer, byte %lld of %lld: %s ends beyond the section; export the model again",
-            r->file, (long long)r->at, (long long)r->bytes, what);
+static void section_check(const SectionReader *r, bool good, const char *fault) {
+    if (!good) {
+        die("%s: tokenizer, byte %lld of %lld: %s; export the model again", r->file,
+            (long long)r->at, (long long)r->bytes, fault);
     }
+}
+
+static const unsigned char *section_take(SectionReader *r, int64_t n) {
+    section_check(r, n <= r->bytes - r->at, "something ends beyond the section");
     r->at += n;
     return r->data + r->at - n;
 }
 
-static uint32_t section_u32(SectionReader *r, const char *what) {
-    return read_u32(section_take(r, 4, what));
-}
-
-// Ends the program over a fault of token i.
-static _Noreturn void bad_piece(const SectionReader *r, int64_t i, const char *fault) {
-    die("%s: tokenizer, token %lld, before byte %lld: %s; export the model again", r->file,
-        (long long)i, (long long)r->at, fault);
-}
-
-// Does a non-space stand before a U+2581 in it?
-static bool spans_words(const Piece *p) {
-    for (int i = 1; i + 3 <= p->length; i++) {
-        if (!memcmp(p->text + i, WORD_SPACE, 3)
-            && (i < 3 || memcmp(p->text + i - 3, WORD_SPACE, 3))) return true;
-    }
-    return false;
-}
+static uint32_t section_u32(SectionReader *r) { return read_u32(section_take(r, 4)); }
 
 // The value of a byte token's text, <0x00> to <0xFF>; above 255 if it is something else.
 static unsigned byte_value(const Piece *p) {
     char text[7] = {0};
-    unsigned value = 256;
+    unsigned value;
     memcpy(text, p->text, p->length == 6 ? 6 : 0);
     return sscanf(text, "<0x%2X>", &value) == 1 ? value : 256;
 }
 
-// Enters token i into the tables that its type asks for.
-static void enter_piece(Tokenizer *t, const SectionReader *r, int i) {
-    const Piece *p = &t->piece[i];
+// Reads token i and enters it into the tables that its type asks for.
+static void load_piece(Tokenizer *t, SectionReader *r, int i) {
+    Piece *p = &t->piece[i];
     bool sentencepiece = t->kind == SENTENCEPIECE;
-    if (!p->length && (sentencepiece || is_verbatim(t, p))) bad_piece(r, i, "empty");
+    uint32_t score = section_u32(r), type = section_u32(r), length = section_u32(r);
+    p->text = (const char *)section_take(r, length);
+    p->length = (int)length;
+    p->type = (int)type;
+    memcpy(&p->score, &score, 4);
+    section_check(r, isfinite(p->score), "a score that is not a number");
+    section_check(r, type >= PIECE_NORMAL && type <= PIECE_BYTE && type != PIECE_UNUSED,
+                  "a token of a type that is not 1, 2, 3, 4 or 6");
+    bool verbatim = is_verbatim(t, p);
+    section_check(r, length <= (verbatim ? LONGEST_VERBATIM : LONGEST_PIECE), "a token too long");
+    section_check(r, length || !(sentencepiece || verbatim), "an empty token");
     if (sentencepiece && p->type == PIECE_BYTE) {
         unsigned byte = byte_value(p);
-        if (byte > 255 || t->byte_id[byte] >= 0) bad_piece(r, i, "a byte token that is wrong");
+        section_check(r, byte < 256 && t->byte_id[byte] < 0, "a byte token that is wrong");
         t->byte_id[byte] = i;
     }
-    if (is_verbatim(t, p)) {
-        if (p->length > LONGEST_VERBATIM) bad_piece(r, i, "taken verbatim, but over 255 bytes");
-        t->starts[(unsigned char)p->text[0]] = true;
-        if (p->length > t->longest_verbatim) t->longest_verbatim = p->length;
-    }
-    if (p->type != PIECE_NORMAL && !is_verbatim(t, p)) return;
-    uint32_t hash = hash_more(HASH_START, p->text, p->length);
-    Slot *slot = slot_of(t, p->text, p->length, hash);
-    if (slot->id >= 0 && sentencepiece) bad_piece(r, i, "the same text as an earlier token");
-    *slot = (Slot){hash, i};        // WordPiece: the last of equal lines in vocab.txt counts
-    if (p->length > t->longest) t->longest = p->length;
-    if (spans_words(p)) t->cut = false;
+    if (p->type != PIECE_NORMAL && !verbatim) return;
+    int *slot = slot_of(t, p->text, length), *longest = &t->longest;
+    section_check(r, !sentencepiece || *slot < 0, "a token with the text of an earlier one");
+    *slot = i;                          // WordPiece: the last of equal lines in vocab.txt counts
+    if (p->length > *longest) *longest = p->length;
+    if (verbatim) longest = &t->verbatim[(unsigned char)p->text[0]];
+    if (p->length > *longest) *longest = p->length;
+    for (int k = 0; k < p->length; k++) t->cut &= !word_starts(p->text, p->length, k);
 }
 
 // Is range i in its place, and its value one that the rule can have?
 static bool good_range(const Tokenizer *t, int64_t i) {
     const Range *r = &t->range[i];
-    int64_t first = r->first, v = r->value;
-    int64_t last = i + 1 < t->n_ranges ? (int64_t)r[1].first - 1 : 0x10FFFF;
-    if (r->rule >= N_RULES || first > last || last > 0x10FFFF || (i == 0 && first)) return false;
-    switch (r->rule) {
-    case RULE_LETTER:
-    case RULE_ALONE: return first + v >= 0 && last + v <= 0x10FFFF;
-    case RULE_COMBINING: return v > 0 && v < 256;
-    case RULE_HANGUL: return first >= 0xAC00 && last <= 0xD7A3;
-    case RULE_STRING:
-        if (v < 0 || v >= t->n_strings || t->string[v] >= t->n_strings - v
-            || t->string[v] > LONGEST_STRING) return false;
-        for (int64_t k = 1; k <= t->string[v]; k++) {
-            if (t->string[v + k] > 0x10FFFF) return false;
-        }
-        return true;
-    default: return true;
-    }
+    int64_t first = r->first, last = i + 1 < t->n_ranges ? (int64_t)r[1].first - 1 : 0x10FFFF;
+    bool mark = r->rule == RULE_COMBINING, string = r->rule == RULE_STRING;
+    int64_t least = mark ? 1 : string ? 0 : -first;
+    int64_t most = mark ? 255 : string ? t->n_strings - 1 : 0x10FFFF - last;
+    return r->rule < N_RULES && first <= last && last <= 0x10FFFF && (i > 0 || first == 0)
+        && r->value >= least && r->value <= most
+        && (r->rule != RULE_HANGUL || (first >= 0xAC00 && last <= 0xD7A3))
+        && (!string || (t->string[r->value] <= LONGEST_STRING
+                        && t->string[r->value] < t->n_strings - r->value));
 }
 
 // Reads the Unicode table of a WordPiece section.
 static void load_ranges(Tokenizer *t, SectionReader *r) {
-    t->n_ranges = section_u32(r, "the Unicode table");
-    t->n_strings = section_u32(r, "the Unicode table");
-    if (t->n_ranges < 1 || t->n_ranges * 8 + t->n_strings * 4 != r->bytes - r->at) {
-        die("%s: tokenizer, byte %lld: the Unicode table has another size than it says; export "
-            "the model again", r->file, (long long)r->at);
-    }
+    t->n_ranges = section_u32(r);
+    t->n_strings = section_u32(r);
+    section_check(r, t->n_ranges > 0 && t->n_ranges * 8 + t->n_strings * 4 == r->bytes - r->at,
+                  "the Unicode table has another size than it says");
     t->range = allocate(t->n_ranges, sizeof *t->range, "Unicode ranges");
-    t->string = allocate(t->n_strings + 1, sizeof *t->string, "Unicode strings");
+    t->string = allocate(t->n_strings, sizeof *t->string, "Unicode strings");
     for (int64_t i = 0; i < t->n_ranges; i++) {
-        uint32_t packed = section_u32(r, "a range"), value = section_u32(r, "a range");
+        uint32_t packed = section_u32(r), value = section_u32(r);
         t->range[i] = (Range){packed & 0xFFFFFF, (int)(packed >> 24), (int32_t)value};
     }
-    for (int64_t i = 0; i < t->n_strings; i++) t->string[i] = section_u32(r, "a string");
-    for (int64_t i = 0; i < t->n_ranges; i++) {
-        if (!good_range(t, i)) {
-            die("%s: tokenizer, Unicode range %lld: out of order or of bounds; export the model "
-                "again", r->file, (long long)i);
-        }
+    for (int64_t i = 0; i < t->n_strings; i++) {
+        t->string[i] = section_u32(r);
+        section_check(r, t->string[i] <= 0x10FFFF, "a string of something else than code points");
     }
-    for (int c = 0, i = 0; c < 128; c++) {
-        while (i + 1 < t->n_ranges && t->range[i + 1].first <= (uint32_t)c) i++;
-        t->ascii[c] = i;
+    for (int64_t i = 0; i < t->n_ranges; i++) {
+        section_check(r, good_range(t, i), "a Unicode range out of order or of bounds");
     }
 }
 
 // Reads and checks the tokenizer section of a model file, whose bytes must outlive the tokenizer;
-// `kind`, `unk` and `lower` come from the file's header. Dies naming file, place, fault and mend.
+// `kind` and `unk` come from the file's header. Dies naming file, place, fault and mend.
 static void tokenizer_load(Tokenizer *t, const char *file, int kind, const unsigned char *data,
-                           int64_t bytes, int vocab_size, int unk, bool lower) {
+                           int64_t bytes, int vocab_size, int unk) {
     SectionReader r = {file, data, 0, bytes};
-    *t = (Tokenizer){.kind = kind, .unk = unk, .lower = lower, .cut = true};
-    int64_t n = section_u32(&r, "the number of tokens");
-    if (n < 1 || n > vocab_size || n > bytes / 12) {
-        die("%s: tokenizer, byte 0: %lld tokens, for a vocabulary of %d in a section of %lld bytes; "
-            "export the model again with the tokenizer it was trained with", file, (long long)n,
-            vocab_size, (long long)bytes);
-    }
+    *t = (Tokenizer){.kind = kind, .unk = unk, .cut = true, .slots = 16};
+    int64_t n = section_u32(&r);
+    section_check(&r, n > 0 && n <= vocab_size && n <= bytes / 12,
+                  "as many tokens as neither the section nor the vocabulary holds");
+    section_check(&r, kind == SENTENCEPIECE || (unk >= 0 && unk < n), "no token is [UNK]");
     t->n_tokens = (int)n;
     t->piece = allocate(n, sizeof *t->piece, "pieces");
-    for (t->slots = 16; t->slots < 2 * n;) t->slots *= 2;
+    while (t->slots < 2 * n) t->slots *= 2;
     t->slot = allocate(t->slots, sizeof *t->slot, "hash table of pieces");
-    for (int64_t i = 0; i < t->slots; i++) t->slot[i].id = -1;
-    for (int i = 0; i < 256; i++) t->byte_id[i] = -1;
-
-    for (int i = 0; i < n; i++) {
-        Piece *p = &t->piece[i];
-        uint32_t score = section_u32(&r, "a token"), type = section_u32(&r, "a token");
-        uint32_t length = section_u32(&r, "a token");
-        memcpy(&p->score, &score, 4);
-        p->text = (const char *)section_take(&r, length, "a token's text");
-        if (length > LONGEST_PIECE) bad_piece(&r, i, "longer than 4000 bytes");
-        if (!isfinite(p->score)) bad_piece(&r, i, "a score that is not a number");
-        if (type < PIECE_NORMAL || type > PIECE_BYTE || type == PIECE_UNUSED) {
-            bad_piece(&r, i, "of a type that is not 1, 2, 3, 4 or 6");
-        }
-        p->length = (int)length;
-        p->type = (int)type;
-        enter_piece(t, &r, i);
-    }
-    if (kind == WORDPIECE) {
-        if (unk < 0 || unk >= n) {
-            die("%s: tokenizer: [UNK] is token %d of %d; export the model again", file, unk,
-                t->n_tokens);
-        }
-        load_ranges(t, &r);
-    }
+    memset(t->slot, -1, t->slots * sizeof *t->slot);
+    memset(t->byte_id, -1, sizeof t->byte_id);
+    for (int i = 0; i < n; i++) load_piece(t, &r, i);
+    if (kind == WORDPIECE) load_ranges(t, &r);
     for (int i = 0; kind == SENTENCEPIECE && i < 256; i++) {
-        if (t->byte_id[i] < 0) {
-            die("%s: tokenizer: no token <0x%02X>; only SentencePiece models with byte fallback "
-                "work here", file, i);
-        }
+        section_check(&r, t->byte_id[i] >= 0, "a byte of the 256 has no token (no byte fallback)");
     }
-    if (r.at != bytes) {
-        die("%s: tokenizer, byte %lld: %lld bytes too many; export the model again", file,
-            (long long)r.at, (long long)(bytes - r.at));
-    }
+    section_check(&r, r.at == bytes, "too many bytes");
 }
 
 static void tokenizer_free(Tokenizer *t) {
@@ -2193,266 +2128,196 @@ static void tokenizer_free(Tokenizer *t) {
 // --- SentencePiece BPE ---------------------------------------------------------------------------
 
 typedef struct {            // a run of bytes of the text, a piece in the making
-    int start, bytes;       // bytes = 0: merged into the one before it
-    int previous, next;     // neighbours, -1 at the ends
-    int id;                 // of its piece; -1 while not looked up
-    bool frozen;            // a piece taken verbatim never merges
+    int64_t bytes;          // 0: merged into one before it
+    int64_t left;           // where its left neighbour starts
+    float score;            // of the piece that it and its right neighbour make, or -INFINITY
 } Symbol;
 
-typedef struct {            // two neighbours that could merge
-    float score;
-    int left;               // index of the left symbol
-    int bytes;              // of both; another sum later means that one has changed since
-    int id;
-} Merge;
-
 typedef struct {            // working memory of one encode()
-    Text text;              // normalised
-    Symbol *symbol;
-    Merge *heap;            // the best merge is on top
-    int64_t n, capacity, heap_n, heap_capacity;
+    const char *s;          // [n] what is merged
+    int64_t n, symbols, nodes;
+    Symbol *symbol;         // [n + 1] by the byte it starts at
+    int64_t *best;          // [2n] a tournament: node n + i is symbol i, and each node below n has
+                            // the better of nodes 2k and 2k + 1, so that node 1 has the best of all
 } Bpe;
 
-static bool merges_before(const Merge *a, const Merge *b) {
-    return a->score > b->score || (a->score == b->score && a->left < b->left);
+static void play(Bpe *b, int64_t node) {
+    int64_t x = b->best[2 * node], y = b->best[2 * node + 1];
+    float own = b->symbol[x].score, other = b->symbol[y].score;
+    b->best[node] = own > other || (own == other && x < y) ? x : y;
 }
 
-static void heap_push(Bpe *b, Merge m) {
-    b->heap = grow(b->heap, &b->heap_capacity, b->heap_n + 1, sizeof m, "merges");
-    int64_t i = b->heap_n++;
-    for (; i > 0 && merges_before(&m, &b->heap[(i - 1) / 2]); i = (i - 1) / 2) {
-        b->heap[i] = b->heap[(i - 1) / 2];
-    }
-    b->heap[i] = m;
-}
-
-static Merge heap_pop(Bpe *b) {
-    Merge top = b->heap[0], last = b->heap[--b->heap_n];
-    int64_t i = 0;
-    for (int64_t child; (child = 2 * i + 1) < b->heap_n; i = child) {
-        if (child + 1 < b->heap_n && merges_before(&b->heap[child + 1], &b->heap[child])) child++;
-        if (!merges_before(&b->heap[child], &last)) break;
-        b->heap[i] = b->heap[child];
-    }
-    b->heap[i] = last;
-    return top;
-}
-
-// Puts symbol `left` and its right neighbour on the heap if together they are a piece.
-static void offer_merge(const Tokenizer *t, Bpe *b, int left) {
-    if (left < 0 || b->symbol[left].next < 0) return;
-    const Symbol *l = &b->symbol[left], *r = &b->symbol[l->next];
-    int bytes = l->bytes + r->bytes;
-    if (l->frozen || r->frozen || bytes > t->longest) return;
-    const char *s = b->text.s + l->start;
-    const Slot *slot = slot_of(t, s, bytes, hash_more(HASH_START, s, bytes));
-    if (slot->id >= 0) {
-        heap_push(b, (Merge){t->piece[slot->id].score, left, bytes, slot->id});
-    }
-}
-
-// Merges the symbols collected so far, appends their ids and starts afresh.
-static void merge_symbols(const Tokenizer *t, Bpe *b, Ids *out) {
+// Finds what symbol i and its right neighbour would merge into.
+static void score_pair(const Tokenizer *t, Bpe *b, int64_t i) {
     Symbol *symbol = b->symbol;
-    for (int i = 0; i + 1 < b->n; i++) offer_merge(t, b, i);
-    while (b->heap_n) {
-        Merge m = heap_pop(b);
-        Symbol *left = &symbol[m.left];
-        if (!left->bytes || left->next < 0) continue;
-        Symbol *right = &symbol[left->next];
-        if (left->bytes + right->bytes != m.bytes) continue;
-        left->bytes = m.bytes;
-        left->id = m.id;
-        left->next = right->next;
-        right->bytes = 0;
-        if (left->next >= 0) symbol[left->next].previous = m.left;
-        offer_merge(t, b, left->previous);
-        offer_merge(t, b, m.left);
-    }
-    for (int i = 0; b->n && i >= 0; i = symbol[i].next) {
-        const char *s = b->text.s + symbol[i].start;
-        int id = symbol[i].id, bytes = symbol[i].bytes;
-        if (id < 0) id = slot_of(t, s, bytes, hash_more(HASH_START, s, bytes))->id;
-        for (int k = 0; id < 0 && k < bytes; k++) ids_push(out, t->byte_id[(unsigned char)s[k]]);
-        if (id >= 0) ids_push(out, id);
-    }
-    b->n = 0;
+    int64_t next = i + symbol[i].bytes, end = next + symbol[next].bytes;
+    bool pair = symbol[i].bytes && next < b->n && end - i <= t->longest;
+    int id = pair ? *slot_of(t, b->s + i, end - i) : -1;
+    symbol[i].score = id < 0 ? -INFINITY : t->piece[id].score;
 }
 
-// Writes the text as sentencepiece sees it: a space in front, spaces as U+2581, valid UTF-8.
+// The text as sentencepiece sees it: a space in front, spaces as U+2581, valid UTF-8.
 static void normalise(const char *text, int64_t bytes, Text *out) {
-    out->s = grow(out->s, &out->capacity, 3 * bytes + 4, 1, "text");
-    char *o = out->s;
-    memcpy(o, WORD_SPACE, 3);
-    o += 3;
+    text_add(out, WORD_SPACE, 3);
     for (int64_t i = 0; i < bytes;) {
         uint32_t code;
-        int n = utf8_read(text + i, bytes - i, &code);
-        o += utf8_write(o, code == ' ' ? 0x2581 : code);
-        i += n;
+        char c[4];
+        i += utf8_read(text + i, bytes - i, &code);
+        text_add(out, c, utf8_write(c, code == ' ' ? 0x2581 : code));
     }
-    out->n = o - out->s;
 }
 
-// Where no piece spans two words, words are merged one by one: no merge in one can touch another.
-static void encode_sentencepiece(const Tokenizer *t, const char *text, int64_t bytes, Ids *out) {
-    if (!bytes) return;
-    if (bytes > INT_MAX / 3 - 16) {
-        die("text: %lld bytes: more than this tokenizer takes at once; cut it into parts",
-            (long long)bytes);
+// Merges s[0 .. n) and appends its ids.
+static void merge_run(const Tokenizer *t, Bpe *b, const char *s, int64_t n, Ids *out) {
+    uint32_t code;
+    b->s = s;
+    b->n = n;
+    b->symbol = grow(b->symbol, &b->symbols, n + 1, sizeof *b->symbol, "symbols");
+    b->best = grow(b->best, &b->nodes, 2 * n, sizeof *b->best, "symbols");
+    memset(b->symbol, 0, (size_t)(n + 1) * sizeof *b->symbol);
+    for (int64_t i = 0, next; i < n; i = next) {
+        b->symbol[i].bytes = utf8_read(s + i, n - i, &code);
+        next = i + b->symbol[i].bytes;
+        b->symbol[next].left = i;
     }
-    Bpe b = {0};
-    normalise(text, bytes, &b.text);
-    bool was_space = true;
-    for (int at = 0; at < b.text.n;) {
-        const char *s = b.text.s + at;
-        uint32_t code;
-        int n = utf8_read(s, b.text.n - at, &code), id = match_verbatim(t, s, b.text.n - at);
-        if (id >= 0) n = t->piece[id].length;
-        bool space = code == 0x2581;
-        if (t->cut && space && !was_space) merge_symbols(t, &b, out);
-        b.symbol = grow(b.symbol, &b.capacity, b.n + 1, sizeof *b.symbol, "symbols");
-        if (b.n) b.symbol[b.n - 1].next = (int)b.n;
-        b.symbol[b.n] = (Symbol){at, n, (int)b.n - 1, -1, id, id >= 0};
-        b.n++;
-        at += n;
-        was_space = space && id < 0;
+    for (int64_t i = 0; i < n; i++) {
+        score_pair(t, b, i);
+        b->best[n + i] = i;
     }
-    merge_symbols(t, &b, out);
-    release(b.text.s);
-    release(b.symbol);
-    release(b.heap);
+    for (int64_t node = n - 1; node > 0; node--) play(b, node);
+    while (n && b->symbol[b->best[1]].score > -INFINITY) {
+        int64_t i = b->best[1], right = i + b->symbol[i].bytes;
+        b->symbol[i].bytes += b->symbol[right].bytes;
+        b->symbol[right].bytes = 0;
+        b->symbol[i + b->symbol[i].bytes].left = i;
+        int64_t changed[] = {b->symbol[i].left, i, right};
+        for (int k = 0; k < 3; k++) {
+            score_pair(t, b, changed[k]);
+            for (int64_t node = (n + changed[k]) / 2; node > 0; node /= 2) play(b, node);
+        }
+    }
+    for (int64_t i = 0; i < n; i += b->symbol[i].bytes) {
+        int64_t bytes = b->symbol[i].bytes;
+        int id = *slot_of(t, s + i, bytes);
+        for (int64_t k = i; id < 0 && k < i + bytes; k++) {
+            ids_push(out, t->byte_id[(unsigned char)s[k]]);
+        }
+        if (id >= 0) ids_push(out, id);
+    }
 }
 
 // --- WordPiece -----------------------------------------------------------------------------------
 
 typedef struct {            // a word in the making
     int n;                  // characters; WORD_CHARS + 1 also stands for more
-    int fixed;              // the first `fixed` of them stay where they are
-    uint32_t code[WORD_CHARS + 1];
-    int class[WORD_CHARS + 1];      // canonical combining classes, 0 for all but few
+    int fixed;              // marks do not go before that many of them
+    uint32_t code[WORD_CHARS + 1];      // code point | canonical combining class << 24
 } Word;
 
 // Appends a character; a combining mark (class > 0) goes before marks of higher classes.
-static void word_add(Word *w, uint32_t code, int class) {
+static void word_add(Word *w, uint32_t code, uint32_t class) {
     if (w->n > WORD_CHARS) return;
     int i = w->n++;
-    for (; class && i > w->fixed && w->class[i - 1] > class; i--) {
-        w->code[i] = w->code[i - 1];
-        w->class[i] = w->class[i - 1];
-    }
-    w->code[i] = code;
-    w->class[i] = class;
-    if (!class) w->fixed = w->n;
+    for (; class && i > w->fixed && w->code[i - 1] >> 24 > class; i--) w->code[i] = w->code[i - 1];
+    w->code[i] = code | class << 24;
 }
 
 // Appends the ids of the word's pieces, longest first from the left; [UNK] alone where that fails.
 static void word_end(const Tokenizer *t, Word *w, Ids *out) {
-    char buffer[2 + 4 * WORD_CHARS];    // two bytes for "##" in front
-    int at[WORD_CHARS + 1], n = w->n;   // where each character starts
-    int64_t before = out->n;
+    char s[2 + 4 * WORD_CHARS];         // two bytes for "##" in front
+    int64_t at = 2, end = 2, before = out->n;
+    bool fits = w->n <= WORD_CHARS;
+    for (int i = 0; fits && i < w->n; i++) end += utf8_write(s + end, w->code[i] & 0xFFFFFF);
     w->n = w->fixed = 0;
-    if (n > WORD_CHARS) {
-        ids_push(out, t->unk);
-        return;
+    for (int glue = 0; fits && at < end; glue = 2) {
+        memcpy(s + at - glue, "##", (size_t)glue);      // over bytes of pieces already found
+        int id = longest_piece(t, s + at - glue, end - at + glue, glue, false);
+        fits = id >= 0;
+        if (fits) ids_push(out, id);
+        if (fits) at += t->piece[id].length - glue;
     }
-    at[0] = 2;
-    for (int i = 0; i < n; i++) at[i + 1] = at[i] + utf8_write(buffer + at[i], w->code[i]);
-    for (int start = 0, end; start < n; start = end) {
-        uint32_t hash[WORD_CHARS + 1];
-        char *s = buffer + at[start];
-        hash[start] = HASH_START;
-        if (start) {                    // the bytes overwritten belong to pieces already found
-            s = memcpy(s - 2, "##", 2);
-            hash[start] = hash_more(HASH_START, s, 2);
-        }
-        for (end = start; end < n && buffer + at[end + 1] - s <= t->longest; end++) {
-            hash[end + 1] = hash_more(hash[end], buffer + at[end], at[end + 1] - at[end]);
-        }
-        int id = -1;
-        for (; end > start; end--) {
-            id = slot_of(t, s, buffer + at[end] - s, hash[end])->id;
-            if (id >= 0 && t->piece[id].type != PIECE_VERBATIM) break;
-            id = -1;
-        }
-        if (id < 0) {
-            out->n = before;
-            ids_push(out, t->unk);
-            return;
-        }
-        ids_push(out, id);
-    }
+    if (fits) return;
+    out->n = before;
+    ids_push(out, t->unk);
 }
 
 // The range that holds a code point.
 static const Range *range_of(const Tokenizer *t, uint32_t code) {
-    if (code < 128) return &t->range[t->ascii[code]];
-    int64_t lo = 0, hi = t->n_ranges;
+    int64_t lo = 0, hi = code < t->n_ranges ? (int64_t)code + 1 : t->n_ranges;
     while (hi - lo > 1) {
         int64_t middle = (lo + hi) / 2;
-        if (t->range[middle].first <= code) lo = middle; else hi = middle;
+        bool above = t->range[middle].first > code;
+        lo = above ? lo : middle;
+        hi = above ? middle : hi;
     }
     return &t->range[lo];
-}
-
-// Splits a Hangul syllable into its letters, by Unicode's arithmetic.
-static void word_add_hangul(Word *w, uint32_t code) {
-    uint32_t i = code - 0xAC00;
-    word_add(w, 0x1100 + i / 588, 0);
-    word_add(w, 0x1161 + i % 588 / 28, 0);
-    if (i % 28) word_add(w, 0x11A7 + i % 28, 0);
 }
 
 // Lets one code point of the text do what its rule says.
 static void word_feed(const Tokenizer *t, Word *w, uint32_t code, Ids *out) {
     const Range *r = range_of(t, code);
+    uint32_t syllable = code - 0xAC00, moved = code + (uint32_t)r->value;
     switch (r->rule) {
-    case RULE_LETTER: word_add(w, code + (uint32_t)r->value, 0); break;
-    case RULE_COMBINING: word_add(w, code, r->value); break;
-    case RULE_HANGUL: word_add_hangul(w, code); break;
+    case RULE_LETTER: word_add(w, moved, 0); break;
+    case RULE_COMBINING: word_add(w, code, (uint32_t)r->value); break;
     case RULE_BARRIER: w->fixed = w->n; break;
     case RULE_SPACE: word_end(t, w, out); break;
     case RULE_ALONE:
         word_end(t, w, out);
-        word_add(w, code + (uint32_t)r->value, 0);
+        word_add(w, moved, 0);
         word_end(t, w, out);
         break;
     case RULE_STRING:
         for (uint32_t i = 1; i <= t->string[r->value]; i++) {
             uint32_t c = t->string[r->value + (int)i];
             const Range *own = range_of(t, c);
-            word_add(w, c, own->rule == RULE_COMBINING ? own->value : 0);
+            word_add(w, c, own->rule == RULE_COMBINING ? (uint32_t)own->value : 0);
         }
+        break;
+    case RULE_HANGUL:                   // by Unicode's arithmetic
+        word_add(w, 0x1100 + syllable / 588, 0);
+        word_add(w, 0x1161 + syllable % 588 / 28, 0);
+        if (syllable % 28) word_add(w, 0x11A7 + syllable % 28, 0);
         break;
     default: break;
     }
 }
 
-static void encode_wordpiece(const Tokenizer *t, const char *text, int64_t bytes, Ids *out) {
-    Word w;
-    w.n = w.fixed = 0;
-    for (int64_t i = 0; i < bytes;) {
-        int id = match_verbatim(t, text + i, bytes - i);
-        if (id >= 0) {
-            word_end(t, &w, out);
-            ids_push(out, id);
-            i += t->piece[id].length;
-        } else {
-            uint32_t code;
-            i += utf8_read(text + i, bytes - i, &code);
-            word_feed(t, &w, code, out);
-        }
-    }
-    word_end(t, &w, out);
-}
-
 // --- Both ----------------------------------------------------------------------------------------
 
 // Appends the ids of text[0..bytes), without BOS, [CLS] or [SEP]. Any bytes are a text: one that
-// is not UTF-8 counts as U+FFFD, as sentencepiece has it (and WordPiece drops it).
+// is not UTF-8 counts as U+FFFD, as sentencepiece has it (and WordPiece drops it). Pieces taken
+// verbatim end a word or run; where no piece spans two words, so does a word's start.
 static void encode(const Tokenizer *t, const char *text, int64_t bytes, Ids *out) {
-    if (t->kind == SENTENCEPIECE) encode_sentencepiece(t, text, bytes, out);
-    else encode_wordpiece(t, text, bytes, out);
+    Bpe b = {0};
+    Word w = {.n = 0};
+    Text whole = {0};
+    bool wordpiece = t->kind == WORDPIECE;
+    uint32_t code;
+    int64_t start = 0;
+    if (!wordpiece && bytes) {
+        normalise(text, bytes, &whole);
+        text = whole.s;
+        bytes = whole.n;
+    }
+    for (int64_t at = 0, n; at < bytes; at += n) {
+        int id = longest_piece(t, text + at, bytes - at, 0, true);
+        n = id >= 0 ? t->piece[id].length : utf8_read(text + at, bytes - at, &code);
+        if (wordpiece && id >= 0) word_end(t, &w, out);
+        else if (wordpiece) word_feed(t, &w, code, out);
+        else if (id >= 0 || (t->cut && word_starts(text + start, bytes - start, at - start))) {
+            merge_run(t, &b, text + start, at - start, out);
+            start = at;
+        }
+        if (id < 0) continue;
+        ids_push(out, id);
+        start = at + n;
+    }
+    if (wordpiece) word_end(t, &w, out);
+    else merge_run(t, &b, text + start, bytes - start, out);
+    release(whole.s);
+    release(b.symbol);
+    release(b.best);
 }
 
 // Appends the text of one token as it continues the token `previous` (-1: it starts a text).
@@ -2461,30 +2326,22 @@ static void encode(const Tokenizer *t, const char *text, int64_t bytes, Ids *out
 static void decode(const Tokenizer *t, int previous, int id, Text *out) {
     if (id < 0 || id >= t->n_tokens) return;
     const Piece *p = &t->piece[id];
-    int at = 0;
+    bool first = previous < 0 || (t->kind == SENTENCEPIECE && (previous >= t->n_tokens
+               || t->piece[previous].type == PIECE_CONTROL));
     if (t->kind == WORDPIECE) {
-        bool glued = p->length > 2 && !memcmp(p->text, "##", 2);
-        if (glued) at = 2;
-        else if (previous >= 0) text_add(out, " ", 1);
-        text_add(out, p->text + at, p->length - at);
-        return;
-    }
-    bool first = previous < 0 || previous >= t->n_tokens
-               || t->piece[previous].type == PIECE_CONTROL;
-    if (p->type == PIECE_CONTROL) return;
-    if (p->type == PIECE_UNKNOWN) {
+        int glue = p->length > 2 && !memcmp(p->text, "##", 2) ? 2 : 0;
+        if (!glue && !first) text_add(out, " ", 1);
+        text_add(out, p->text + glue, p->length - glue);
+    } else if (p->type == PIECE_UNKNOWN) {
         text_add(out, " \xe2\x81\x87 ", 5);
-        return;
-    }
-    if (p->type == PIECE_BYTE) {
+    } else if (p->type == PIECE_BYTE) {
         text_add(out, &(char){(char)byte_value(p)}, 1);
-        return;
-    }
-    if (first && p->length >= 3 && !memcmp(p->text, WORD_SPACE, 3)) at = 3;
-    while (at < p->length) {
-        bool space = at + 3 <= p->length && !memcmp(p->text + at, WORD_SPACE, 3);
-        text_add(out, space ? " " : p->text + at, 1);
-        at += space ? 3 : 1;
+    } else if (p->type != PIECE_CONTROL) {
+        for (int at = 0, n; at < p->length; at += n) {
+            bool space = p->length - at >= 3 && !memcmp(p->text + at, WORD_SPACE, 3);
+            n = space ? 3 : 1;
+            if (at || !space || !first) text_add(out, space ? " " : p->text + at, 1);
+        }
     }
 }
 // ------------------------------------------------------------------------------------------------
@@ -2514,7 +2371,7 @@ static Model *model_load(const char *path) {
     if (!m->tokenizer_kind) return m;
     m->tokenizer = model_allocate(m, 1, sizeof *m->tokenizer, "tokenizer");
     tokenizer_load(m->tokenizer, m->path, m->tokenizer_kind, m->file + read_i64(m->file + 48),
-                   read_i64(m->file + 56), m->vocab_size, m->unk, m->flags & 1);
+                   read_i64(m->file + 56), m->vocab_size, m->unk);
     return m;
 }
 
@@ -2661,36 +2518,31 @@ static void fill_masks(Session *s, const Schedule *schedule) {
 
 // Bytes of the white-space character at s, by Python's str.isspace(); 0 if there is none.
 static int space_bytes(const char *s) {
-    static const char *const wide[] = {
-        "\xC2\x85", "\u00A0", "\u1680", "\u2000", "\u2001", "\u2002", "\u2003", "\u2004", "\u2005",
-        "\u2006", "\u2007", "\u2008", "\u2009", "\u200A", "\u2028", "\u2029", "\u202F", "\u205F",
-        "\u3000"};
-    if (*s == ' ' || (*s >= 9 && *s <= 13) || (*s >= 28 && *s <= 31)) return 1;
-    for (size_t i = 0; i < sizeof wide / sizeof *wide; i++) {
-        if (!strncmp(s, wide[i], strlen(wide[i]))) return (int)strlen(wide[i]);
-    }
-    return 0;
+    uint32_t c;
+    int n = utf8_read(s, 4, &c);        // which goes no further than the NUL
+    bool space = (c >= 9 && c <= 13) || (c >= 28 && c <= 32) || c == 0x85 || c == 0xA0
+              || c == 0x1680 || (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029
+              || c == 0x202F || c == 0x205F || c == 0x3000;
+    return space ? n : 0;
 }
 
 // Bytes of white space at the end of a text.
 static int64_t trailing_space(const char *text) {
-    const char *end = text;
-    for (const char *s = text; *s;) {
-        int space = space_bytes(s);
-        s += space ? space : 1;
-        if (!space) end = s;
+    int64_t tail = 0;
+    for (int space; *text; text += space ? space : 1) {
+        space = space_bytes(text);
+        tail = space ? tail + space : 0;
     }
-    return (int64_t)strlen(end);
+    return tail;
 }
 
 // What the harness counts as words of running text: len(re.split(r"\s+", text)).
 static int64_t count_words(const char *text) {
     int64_t words = 1;
-    for (int before = 0; *text;) {
-        int space = space_bytes(text);
+    for (int space, before = 0; *text; text += space ? space : 1) {
+        space = space_bytes(text);
         words += space && !before;
         before = space;
-        text += space ? space : 1;
     }
     return words;
 }
@@ -2748,117 +2600,108 @@ static bool exact_match(const char *text, const char *answer, bool flexible) {
     return same;
 }
 
-// Kept values of n items, or of a bootstrap's resample of them, in which some count several times.
-typedef struct {
-    const double *values;       // [n][width]
-    int width;
-    int64_t n;
-    int *pick;                  // [n] which items count
-    double *ranks;              // [2][n] scratch
-} Sample;
+// The functions of metrics take two columns of n kept values; the second may be all ones.
 
-static double kept(const Sample *s, int64_t i, int column) {
-    return s->values[(int64_t)s->pick[i] * s->width + column];
-}
-
-// Sum of a column; column -1 holds a 1 in every row.
-static double total(const Sample *s, int column) {
+static double total(const double *x, int64_t n) {
     double sum = 0;
-    for (int64_t i = 0; i < s->n; i++) sum += column < 0 ? 1 : kept(s, i, column);
+    for (int64_t i = 0; i < n; i++) sum += x[i];
     return sum;
 }
 
-static double share(const Sample *s, int a, int b) { return total(s, a) / total(s, b); }
+static double share(const double *x, const double *y, int64_t n) {
+    return total(x, n) / total(y, n);
+}
 
-static double perplexity(const Sample *s, int a, int b) { return exp(-share(s, a, b)); }
+static double perplexity(const double *x, const double *y, int64_t n) {
+    return exp(-share(x, y, n));
+}
 
-static double agreement(const Sample *s, int a, int b) {
+static double agreement(const double *x, const double *y, int64_t n) {
     int64_t same = 0;
-    for (int64_t i = 0; i < s->n; i++) same += kept(s, i, a) == kept(s, i, b);
-    return (double)same / (double)s->n;
+    for (int64_t i = 0; i < n; i++) same += x[i] == y[i];
+    return (double)same / (double)n;
 }
 
 // F1 of class 1; 0 where there is nothing to be right about.
-static double f1(const Sample *s, int a, int b) {
+static double f1(const double *x, const double *y, int64_t n) {
     double hits = 0, named = 0;
-    for (int64_t i = 0; i < s->n; i++) {
-        hits += kept(s, i, a) == 1 && kept(s, i, b) == 1;
-        named += (kept(s, i, a) == 1) + (kept(s, i, b) == 1);
+    for (int64_t i = 0; i < n; i++) {
+        hits += x[i] == 1 && y[i] == 1;
+        named += (x[i] == 1) + (y[i] == 1);
     }
     return named > 0 ? 2 * hits / named : 0;
 }
 
 // Matthews correlation of any number of classes; 0 where one side is constant.
-static double matthews(const Sample *s, int a, int b) {
-    double n = (double)s->n, above = agreement(s, a, b) * n * n, spread_a = n * n, spread_b = n * n;
-    double seen = 0;
-    for (int k = 0; seen < 2 * n; k++) {
-        double count_a = 0, count_b = 0;
-        for (int64_t i = 0; i < s->n; i++) {
-            count_a += kept(s, i, a) == k;
-            count_b += kept(s, i, b) == k;
+static double matthews(const double *x, const double *y, int64_t n) {
+    double square = (double)n * (double)n, above = agreement(x, y, n) * square;
+    double spread_x = square, spread_y = square, seen = 0;
+    for (int k = 0; seen < 2 * (double)n; k++) {
+        double count_x = 0, count_y = 0;
+        for (int64_t i = 0; i < n; i++) {
+            count_x += x[i] == k;
+            count_y += y[i] == k;
         }
-        above -= count_a * count_b;
-        spread_a -= count_a * count_a;
-        spread_b -= count_b * count_b;
-        seen += count_a + count_b;
+        above -= count_x * count_y;
+        spread_x -= count_x * count_x;
+        spread_y -= count_y * count_y;
+        seen += count_x + count_y;
     }
-    return spread_a > 0 && spread_b > 0 ? above / sqrt(spread_a * spread_b) : 0;
+    return spread_x > 0 && spread_y > 0 ? above / sqrt(spread_x * spread_y) : 0;
 }
 
 // Pearson correlation; NaN where one side is constant.
-static double pearson(const Sample *s, int a, int b) {
-    double mean_a = share(s, a, -1), mean_b = share(s, b, -1), aa = 0, bb = 0, ab = 0;
-    bool same_a = true, same_b = true;
-    for (int64_t i = 0; i < s->n; i++) {
-        double x = kept(s, i, a) - mean_a, y = kept(s, i, b) - mean_b;
-        same_a &= kept(s, i, a) == kept(s, 0, a);
-        same_b &= kept(s, i, b) == kept(s, 0, b);
-        aa += x * x;
-        bb += y * y;
-        ab += x * y;
+static double pearson(const double *x, const double *y, int64_t n) {
+    double mean_x = total(x, n) / (double)n, mean_y = total(y, n) / (double)n;
+    double xx = 0, yy = 0, xy = 0;
+    bool same_x = true, same_y = true;
+    for (int64_t i = 0; i < n; i++) {
+        double from_x = x[i] - mean_x, from_y = y[i] - mean_y;
+        same_x &= x[i] == x[0];
+        same_y &= y[i] == y[0];
+        xx += from_x * from_x;
+        yy += from_y * from_y;
+        xy += from_x * from_y;
     }
-    return same_a || same_b ? NAN : fmax(-1, fmin(1, ab / (sqrt(aa) * sqrt(bb))));
+    return same_x || same_y ? NAN : fmax(-1, fmin(1, xy / (sqrt(xx) * sqrt(yy))));
 }
 
-// Spearman correlation, ties sharing their average rank; NaN where one side is constant. The values
-// are whole numbers below n in the right order (see ordered), so that counting ranks a resample.
-static double spearman(const Sample *s, int a, int b) {
-    int column[2] = {a, b};
-    double square[2] = {0}, product = 0, middle = (double)(s->n + 1) / 2;
+// Each value replaced by how many others are smaller.
+static void order(double *x, int64_t n) {
+    double *smaller = allocate(n, sizeof *smaller, "ranks");
+    for (int64_t i = 0; i < n; i++) {
+        for (int64_t j = 0; j < n; j++) smaller[i] += x[j] < x[i];
+    }
+    memcpy(x, smaller, (size_t)n * sizeof *x);
+    release(smaller);
+}
+
+// Spearman correlation of values that order() has made, or of a resample of them, whose ranks come
+// by counting; equal ones share their average rank.
+static double spearman(const double *x, const double *y, int64_t n) {
+    double *rank = allocate(3 * n, sizeof *rank, "ranks"), *count = rank + 2 * n;
     for (int side = 0; side < 2; side++) {
-        double *rank = s->ranks + side * s->n, below = 0;
-        memset(rank, 0, (size_t)s->n * sizeof *rank);
-        for (int64_t i = 0; i < s->n; i++) rank[(int64_t)kept(s, i, column[side])]++;
-        for (int64_t k = 0; k < s->n; k++) {        // counts become ranks, measured from the middle
-            double here = rank[k];
-            rank[k] = below + (here + 1) / 2 - middle;
-            square[side] += here * rank[k] * rank[k];
+        const double *value = side ? y : x;
+        double below = 0;
+        memset(count, 0, (size_t)n * sizeof *count);
+        for (int64_t i = 0; i < n; i++) count[(int64_t)value[i]]++;
+        for (int64_t k = 0; k < n; k++) {           // counts become ranks
+            double here = count[k];
+            count[k] = below + (here + 1) / 2;
             below += here;
         }
+        for (int64_t i = 0; i < n; i++) rank[side * n + i] = count[(int64_t)value[i]];
     }
-    for (int64_t i = 0; i < s->n; i++) {
-        product += s->ranks[(int64_t)kept(s, i, a)] * s->ranks[s->n + (int64_t)kept(s, i, b)];
-    }
-    return square[0] > 0 && square[1] > 0 ? product / sqrt(square[0] * square[1]) : NAN;
+    double found = pearson(rank, rank + n, n);
+    release(rank);
+    return found;
 }
 
-// Each value of a sample's table replaced by how many of its column are smaller.
-static double *ordered(const Sample *s) {
-    double *order = allocate(s->n * s->width, sizeof *order, "ranks");
-    for (int64_t i = 0; i < s->n * s->width; i++) {
-        for (int64_t j = i % s->width; j < s->n * s->width; j += s->width) {
-            order[i] += s->values[j] < s->values[i];
-        }
-    }
-    return order;
-}
-
-// A new metric is a row here. Its function reads columns a and b of the values that its kind of
-// task keeps per item. Where it is a share of the items, its error has a formula.
+// A new metric is a row here. Its function reads columns a and b (-1: ones) of the values that its
+// kind of task keeps per item. Where it is a share of the items, its error has a formula.
 typedef struct {
     const char *kind, *name;
-    double (*value)(const Sample *s, int a, int b);
+    double (*value)(const double *x, const double *y, int64_t n);
     int a, b;
     bool formula;
 } Metric;
@@ -2902,25 +2745,24 @@ static uint64_t mix64(uint64_t z) {
 // Standard deviation of a metric over resamples of the items, drawn with replacement; resamples
 // without a value (a constant has no correlation) do not count. Resample r has random numbers of
 // its own, so that the figure does not depend on the number of threads.
-static double bootstrap(const Metric *m, const Sample *all) {
+static double bootstrap(const Metric *m, const double *x, const double *y, int64_t n) {
     enum { RESAMPLES = 10000 };
     double *found = allocate(RESAMPLES, sizeof *found, "bootstrap"), mean = 0, squares = 0;
     int count = 0;
     #pragma omp parallel
     {
-        Sample s = *all;
-        s.pick = allocate(s.n, sizeof *s.pick, "bootstrap");
-        s.ranks = allocate(2 * s.n, sizeof *s.ranks, "bootstrap");
+        double *drawn = allocate(2 * n, sizeof *drawn, "bootstrap");
         #pragma omp for
         for (int r = 0; r < RESAMPLES; r++) {
             uint64_t base = mix64((uint64_t)r);
-            for (int64_t i = 0; i < s.n; i++) {
-                s.pick[i] = (int)((mix64(base + (uint64_t)i) >> 32) * (uint64_t)s.n >> 32);
+            for (int64_t i = 0; i < n; i++) {
+                uint64_t pick = (mix64(base + (uint64_t)i) >> 32) * (uint64_t)n >> 32;
+                drawn[i] = x[pick];
+                drawn[n + i] = y[pick];
             }
-            found[r] = m->value(&s, m->a, m->b);
+            found[r] = m->value(drawn, drawn + n, n);
         }
-        release(s.pick);
-        release(s.ranks);
+        release(drawn);
     }
     for (int r = 0; r < RESAMPLES; r++) {           // Welford's running mean and squares
         if (isnan(found[r])) continue;
@@ -2936,19 +2778,21 @@ static double bootstrap(const Metric *m, const Sample *all) {
 // deviation over the root of n) for shares, otherwise by bootstrap. NaN is undefined.
 static double metric_value(const Metric *m, const double *values, int64_t n, int width,
                            double *error) {
-    Sample all = {values, width, n, allocate(n, sizeof *all.pick, "metric"),
-                  allocate(2 * n, sizeof *all.ranks, "metric")};
-    double *order = NULL, value = NAN;
+    double *x = allocate(2 * n, sizeof *x, "metric"), *y = x + n, value = NAN;
     bool whole = n > 0;
-    for (int64_t i = 0; i < n; i++) all.pick[i] = (int)i;
     for (int64_t i = 0; i < n * width; i++) whole &= !isnan(values[i]);
-    if (whole && m->value == spearman) all.values = order = ordered(&all);
-    if (whole) value = m->value(&all, m->a, m->b);
+    for (int64_t i = 0; i < n; i++) {
+        x[i] = values[i * width + m->a];
+        y[i] = m->b < 0 ? 1 : values[i * width + m->b];
+    }
+    if (m->value == spearman) {
+        order(x, n);
+        order(y, n);
+    }
+    if (whole) value = m->value(x, y, n);
     *error = n < 2 || !isfinite(value) ? NAN
-           : m->formula ? sqrt(value * (1 - value) / (double)(n - 1)) : bootstrap(m, &all);
-    release(all.pick);
-    release(all.ranks);
-    release(order);
+           : m->formula ? sqrt(value * (1 - value) / (double)(n - 1)) : bootstrap(m, x, y, n);
+    release(x);
     return value;
 }
 
@@ -2957,81 +2801,80 @@ static double metric_value(const Metric *m, const double *values, int64_t n, int
 // where the loss is the negative log-likelihood of a softmax over the classes, or half the squared
 // error: scikit-learn's LogisticRegression(C = 1 / strength) and Ridge(alpha = strength). Of two
 // classes only the difference counts, so that their weights are punished twice to be the same as a
-// single logistic. Newton's method with conjugate gradients, until the mean gradient is below 1e-8.
+// single logistic. Conjugate gradients with Newton's method along each line, which reads scores
+// but no features (Minka 2003), until the mean gradient is below 1e-8.
 typedef struct {
-    const float *x;             // [n][d], centred: that saves half of the passes
+    float *x;                   // [d + 1][n] features, centred: that saves half of the steps; the
+                                // last one is 1, for the bias
     const double *y;            // [n] class or target
     int64_t n, d, outputs;      // outputs: classes, or 1 for a regression
-    double strength;
-    double *p;                  // [n][outputs] probabilities at the last point
-    double *parts;              // [PROBE_PARTS][outputs][d + 2] sums over a part of the rows
 } Probe;
 
-enum { PROBE_PARTS = 64 };      // fixed, so that sums do not depend on the number of threads
+enum { PROBE_BLOCK = 512, PROBE_ALONE = 1 << 18 };     // less work than that is not worth threads
 
 // Eight sums side by side, which a compiler can keep in vectors.
-static double probe_dot(const double *w, const float *x, int64_t d) {
+static double probe_dot(const double *w, const float *x, int64_t n) {
     double lane[8] = {0};
-    for (int64_t j = 0; j < d / 8 * 8; j += 8) {
+    for (int64_t j = 0; j < n / 8 * 8; j += 8) {
         for (int l = 0; l < 8; l++) lane[l] += w[j + l] * (double)x[j + l];
     }
-    for (int64_t j = d / 8 * 8; j < d; j++) lane[j % 8] += w[j] * (double)x[j];
+    for (int64_t j = n / 8 * 8; j < n; j++) lane[j % 8] += w[j] * (double)x[j];
     for (int l = 0; l < 4; l++) lane[l] += lane[l + 4];
     return (lane[0] + lane[2]) + (lane[1] + lane[3]);
 }
 
-// Row i: scores z become the loss's gradient by the scores; returns the loss and keeps the
-// probabilities. With `curve`, z is a change of the scores and becomes that of the gradient.
-static double probe_loss(const Probe *f, int64_t i, double *z, bool curve) {
-    double *p = f->p + i * f->outputs, top = z[0], sum = 0, own = z[(int64_t)f->y[i] % f->outputs];
-    if (f->outputs == 1) {
-        if (!curve) z[0] -= f->y[i];
-        return z[0] * z[0] / 2;
-    }
-    if (curve) {
-        for (int64_t k = 0; k < f->outputs; k++) sum += p[k] * z[k];
-        for (int64_t k = 0; k < f->outputs; k++) z[k] = p[k] * (z[k] - sum);
-        return 0;
-    }
-    for (int64_t k = 1; k < f->outputs; k++) top = fmax(top, z[k]);
-    for (int64_t k = 0; k < f->outputs; k++) sum += exp(z[k] - top);
-    for (int64_t k = 0; k < f->outputs; k++) {
-        p[k] = exp(z[k] - top) / sum;
-        z[k] = p[k] - ((double)k == f->y[i]);
-    }
-    return top + log(sum) - own;
-}
-
-// One pass over the features: the objective at w and, in out, its gradient; or with `curve` the
-// Hessian of the last such point times w. w and out are [outputs][d + 1], the bias last.
-static double probe_pass(const Probe *f, const double *w, double *out, bool curve) {
-    int64_t d = f->d, outputs = f->outputs, size = outputs * (d + 1);
-    double losses[PROBE_PARTS] = {0}, loss = 0;
-    #pragma omp parallel for schedule(static)
-    for (int part = 0; part < PROBE_PARTS; part++) {
-        double *sum = f->parts + part * (size + outputs), *z = sum + size;
-        memset(sum, 0, (size_t)size * sizeof *sum);
-        for (int64_t i = f->n * part / PROBE_PARTS; i < f->n * (part + 1) / PROBE_PARTS; i++) {
-            const float *x = f->x + i * d;
-            for (int64_t k = 0; k < outputs; k++) {
-                z[k] = probe_dot(w + k * (d + 1), x, d) + w[k * (d + 1) + d];
-            }
-            losses[part] += probe_loss(f, i, z, curve);
-            for (int64_t k = 0; k < outputs; k++) {
-                double *row = sum + k * (d + 1);
-                for (int64_t j = 0; j < d; j++) row[j] += z[k] * (double)x[j];
-                row[d] += z[k];
-            }
+// Scores z [outputs][n] of all rows under weights w [outputs][d + 1].
+static void probe_scores(const Probe *f, const double *w, double *z) {
+    int64_t n = f->n, blocks = (n + PROBE_BLOCK - 1) / PROBE_BLOCK;
+    #pragma omp parallel for if (f->outputs * n * f->d > PROBE_ALONE)
+    for (int64_t job = 0; job < f->outputs * blocks; job++) {
+        int64_t k = job / blocks, from = job % blocks * PROBE_BLOCK;
+        int64_t end = from + PROBE_BLOCK < n ? from + PROBE_BLOCK : n;
+        for (int64_t i = from; i < end; i++) z[k * n + i] = 0;
+        for (int64_t j = 0; j <= f->d; j++) {
+            double weight = w[k * (f->d + 1) + j];
+            for (int64_t i = from; i < end; i++) z[k * n + i] += weight * (double)f->x[j * n + i];
         }
     }
-    for (int64_t j = 0; j < size; j++) {
-        double punished = j % (d + 1) < d ? f->strength * w[j] : 0;
-        loss += punished * w[j] / 2;
-        out[j] = punished;
-        for (int64_t p = 0; p < PROBE_PARTS; p++) out[j] += f->parts[p * (size + outputs) + j];
+}
+
+// The loss at scores z + t * along: its gradient by the scores into r, and its slope and curvature
+// along the line.
+static void probe_loss(const Probe *f, const double *z, const double *along, double t, double *r,
+                       double *slope, double *curvature) {
+    int64_t n = f->n, cells = f->outputs * n;
+    *slope = *curvature = 0;
+    for (int64_t i = 0; i < n; i++) {
+        double top = -INFINITY, sum = 0, mean = 0;
+        for (int64_t c = i; c < cells; c += n) top = fmax(top, z[c] + t * along[c]);
+        for (int64_t c = i; c < cells; c += n) sum += r[c] = exp(z[c] + t * along[c] - top);
+        for (int64_t c = i; c < cells; c += n) mean += (r[c] /= sum) * along[c];
+        for (int64_t c = i; c < cells; c += n) {
+            double p = r[c], apart = along[c] - mean;
+            bool regression = f->outputs == 1;
+            r[c] = regression ? z[c] + t * along[c] - f->y[i] : p - ((double)(c / n) == f->y[i]);
+            *slope += r[c] * along[c];
+            *curvature += regression ? along[c] * along[c] : p * apart * apart;
+        }
     }
-    for (int part = 0; part < PROBE_PARTS; part++) loss += losses[part];
-    return loss;
+}
+
+// Newton's method for the t where the slope along the line is all but 0; the weights' penalty adds
+// w_slope + t * w_curvature to it. r becomes the gradient by the scores there.
+static double probe_search(const Probe *f, const double *z, const double *along, double w_slope,
+                           double w_curvature, double *r) {
+    double t = 0, low = 0, high = INFINITY, goal = 0, slope, curvature;
+    for (int tries = 0; tries < 100; tries++) {
+        probe_loss(f, z, along, t, r, &slope, &curvature);
+        slope += w_slope + t * w_curvature;
+        if (!tries) goal = 1e-3 * fabs(slope);
+        if (fabs(slope) <= goal) break;
+        if (slope < 0) low = t;                     // it changes its sign between low and high
+        else high = t;
+        double next = t - slope / (curvature + w_curvature);
+        t = next > low && next < high ? next : (low + high) / 2;
+    }
+    return t;
 }
 
 static double inner(const double *a, const double *b, int64_t n) {
@@ -3040,62 +2883,51 @@ static double inner(const double *a, const double *b, int64_t n) {
     return sum;
 }
 
-// Newton's step: solves Hessian . step = -gradient by conjugate gradients until the residual is
-// `tolerance` times the gradient. work is [3][size].
-static void probe_step(const Probe *f, const double *gradient, double tolerance, double *step,
-                       double *work) {
-    int64_t size = f->outputs * (f->d + 1);
-    double *residual = work, *along = work + size, *curved = work + 2 * size;
-    for (int64_t j = 0; j < size; j++) {
-        step[j] = 0;
-        residual[j] = along[j] = -gradient[j];
-    }
-    double rest = inner(residual, residual, size), goal = rest * tolerance * tolerance;
-    for (int turn = 0; turn < 1000 && rest > goal; turn++) {
-        probe_pass(f, along, curved, true);
-        double length = rest / inner(along, curved, size), before = rest;
-        for (int64_t j = 0; j < size; j++) {
-            step[j] += length * along[j];
-            residual[j] -= length * curved[j];
-        }
-        rest = inner(residual, residual, size);
-        for (int64_t j = 0; j < size; j++) along[j] = residual[j] + rest / before * along[j];
-    }
-}
-
 // Fits the probe described above; classes is 1 for a regression. w is [classes][d + 1], the bias
 // last. The same bits for any number of threads.
 static void probe_fit(const float *x, const double *y, int64_t n, int64_t d, int classes,
                       double strength, double *w) {
-    int64_t size = classes * (d + 1);
-    float *centred = allocate(n * d, sizeof *centred, "probe");
-    Probe f = {centred, y, n, d, classes, classes == 2 ? 2 * strength : strength, NULL, NULL};
-    f.p = allocate(n * classes, sizeof *f.p, "probe");
-    f.parts = allocate(PROBE_PARTS * (size + classes), sizeof *f.parts, "probe");
-    double *work = allocate(6 * size + d, sizeof *work, "probe"), *mean = work + 6 * size;
-    double *gradient = work + 3 * size, *step = work + 4 * size, *next = work + 5 * size;
-    for (int64_t i = 0; i < n * d; i++) mean[i % d] += x[i];
-    for (int64_t j = 0; j < d; j++) mean[j] /= (double)n;
-    for (int64_t i = 0; i < n * d; i++) centred[i] = (float)(x[i] - mean[i % d]);
-    memset(w, 0, (size_t)size * sizeof *w);
-    double loss = probe_pass(&f, w, gradient, false), start = inner(gradient, gradient, size);
-    for (int turn = 0; turn < 100; turn++) {
-        double steep = inner(gradient, gradient, size), before = loss, t = 1;
-        if (sqrt(steep) <= 1e-8 * (double)n) break;
-        probe_step(&f, gradient, fmin(0.1, pow(steep / start, 0.25)), step, work);
-        double slope = inner(gradient, step, size);
-        for (; t > 1e-6; t /= 2) {                  // halve a step that goes too far
-            for (int64_t j = 0; j < size; j++) next[j] = w[j] + t * step[j];
-            loss = probe_pass(&f, next, gradient, false);
-            if (loss <= before + 1e-4 * t * slope) break;
-        }
-        if (!(loss < before)) break;                // nothing left but rounding
-        memcpy(w, next, (size_t)size * sizeof *w);
+    int64_t width = d + 1, size = classes * width, cells = classes * n;
+    Probe f = {allocate(n * width, sizeof *f.x, "probe"), y, n, d, classes};
+    double *work = allocate(4 * size + 3 * cells + d, sizeof *work, "probe"), *gradient = work;
+    double *before = gradient + size, *step = before + size, *penalty = step + size;
+    double *z = penalty + size, *along = z + cells, *r = along + cells, *mean = r + cells;
+    #pragma omp parallel for if (n * d > PROBE_ALONE)
+    for (int64_t j = 0; j < d; j++) {
+        for (int64_t i = 0; i < n; i++) mean[j] += x[i * d + j] / (double)n;
+        for (int64_t i = 0; i < n; i++) f.x[j * n + i] = (float)(x[i * d + j] - mean[j]);
     }
-    for (int k = 0; k < classes; k++) w[k * (d + 1) + d] -= inner(w + k * (d + 1), mean, d);
-    release(centred);
-    release(f.p);
-    release(f.parts);
+    for (int64_t i = 0; i < n; i++) f.x[d * n + i] = 1;
+    for (int64_t j = 0; j < size; j++) {
+        w[j] = 0;
+        penalty[j] = j % width == d ? 0 : classes == 2 ? 2 * strength : strength;
+    }
+    probe_search(&f, z, along, 0, 0, r);            // along is 0: no more than r where z is 0
+    for (int turn = 0; turn < 10000; turn++) {
+        double turned = 0, bent = 0, w_slope = 0, w_curvature = 0;
+        #pragma omp parallel for if (cells * d > PROBE_ALONE)
+        for (int64_t j = 0; j < size; j++) {
+            gradient[j] = probe_dot(r + j / width * n, f.x + j % width * n, n) + penalty[j] * w[j];
+        }
+        if (sqrt(inner(gradient, gradient, size)) <= 1e-8 * (double)n) break;
+        for (int64_t j = 0; j < size; j++) {            // Hestenes and Stiefel's direction
+            turned += gradient[j] * (gradient[j] - before[j]);
+            bent += step[j] * (gradient[j] - before[j]);
+        }
+        for (int64_t j = 0; j < size; j++) {
+            step[j] = (bent > 0 ? fmax(0, turned / bent) : 0) * step[j] - gradient[j];
+            before[j] = gradient[j];
+            w_slope += penalty[j] * w[j] * step[j];
+            w_curvature += penalty[j] * step[j] * step[j];
+        }
+        probe_scores(&f, step, along);
+        double t = probe_search(&f, z, along, w_slope, w_curvature, r);
+        if (t == 0 && !(bent > 0)) break;               // nothing left but rounding
+        for (int64_t j = 0; j < size; j++) w[j] += t * step[j];
+        for (int64_t c = 0; c < cells; c++) z[c] += t * along[c];
+    }
+    for (int k = 0; k < classes; k++) w[k * width + d] -= inner(w + k * width, mean, d);
+    release(f.x);
     release(work);
 }
 
@@ -3118,7 +2950,6 @@ static double probe_predict(const double *w, const float *x, int64_t d, int clas
 // a few numbers that are kept, since metrics and their errors need all items.
 typedef struct {
     int64_t item;               // index in the task
-    int choice;                 // which of the item's requests
     int64_t first, n;           // tokens fed: task->pool.id[first .. first + n)
     int64_t segment_from;       // BERT: tokens from here on are of segment 1
     int64_t mask_at;            // BERT: this token is fed as [MASK]; -1: none
@@ -3164,99 +2995,89 @@ struct Kind {
     int arch;                               // LLAMA, BERT, or 0 for both
     enum Output output;
     int width;                              // values kept per item
-    int fewest_fields, most_fields;
+    const char *columns;                    // what must be there: g the number of a choice or label
+                                            // from 0, x a number, s a text, t one that is not empty
+    int most;                               // columns; those more are like the last one
     bool adds;
     void (*ask)(Task *t, const Model *m, bool bos, int64_t item);
     void (*value)(const Task *t, const Request *r, int64_t n, double *value);
 };
 
-_Noreturn static void bad_item(const Task *t, int64_t item, const char *fault) {
-    die("%s: line %lld: %s; mend the line", t->path, (long long)t->items[item].line, fault);
-}
-
-static Request *new_request(Task *t, int64_t item, int choice) {
+static Request *new_request(Task *t, int64_t item) {
     t->requests = grow(t->requests, &t->requests_capacity, t->n_requests + 1, sizeof *t->requests,
                        "requests");
     Request *r = &t->requests[t->n_requests++];
-    *r = (Request){.item = item, .choice = choice, .mask_at = -1, .first = t->pool.n};
+    *r = (Request){.item = item, .mask_at = -1, .first = t->pool.n};
     return r;
+}
+
+static void push_bos(const Model *m, Ids *ids) {
+    if (m->bos < 0) die("%s: has no BOS token, which texts and --bos begin with", m->path);
+    ids_push(ids, m->bos);
+}
+
+static void push_ids(Ids *to, const Ids *from, int64_t first, int64_t end) {
+    for (int64_t i = first; i < end; i++) ids_push(to, from->id[i]);
+}
+
+// A request feeds what has been pushed since it was made, without the beginning if that is over
+// `most` tokens.
+static void end_request(Task *t, Request *r, int64_t most) {
+    if (t->pool.n - r->first > most) {
+        r->first = t->pool.n - most;
+        t->cut[r->item] = true;
+    }
+    r->n = t->pool.n - r->first;
 }
 
 // The harness's log-likelihood request: white space at the end of the context moves to the
 // continuation, the model reads encode(context) and then what encode(context + continuation) has
 // behind as many tokens, cut to the last max_length + 1; an empty context is BOS.
-static void ask_continuation(Task *t, const Model *m, bool bos, int64_t item, int choice,
+static void ask_continuation(Task *t, const Model *m, bool bos, int64_t item,
                              const char *context, const char *continuation) {
+    int64_t n = (int64_t)strlen(context) - trailing_space(context);
     Text whole = {0};
-    int64_t n = (int64_t)strlen(context), tail = trailing_space(context);
-    text_add(&whole, context, n);
-    text_add(&whole, " ", 1);
-    text_add(&whole, continuation, (int64_t)strlen(continuation));
-    Request *r = new_request(t, item, choice);
-    Ids *p = &t->pool, all = {0};
-    n -= tail;
-    if ((bos || n == 0) && m->bos < 0) die("%s: has no BOS token; leave out --bos", m->path);
-    if (bos || n == 0) ids_push(p, m->bos);
-    if (bos && n > 0) ids_push(&all, m->bos);
-    if (n > 0) encode(m->tokenizer, context, n, p);
-    int64_t context_ids = p->n - r->first;
-    if (n > 0) encode(m->tokenizer, whole.s, whole.n, &all);
-    else encode(m->tokenizer, whole.s, whole.n, p);
-    for (int64_t i = context_ids; i < all.n; i++) ids_push(p, all.id[i]);
-    int64_t length = p->n - r->first, excess = length - (m->max_length + 1);
-    r->target = r->first + context_ids;
-    if (excess > 0) {
-        r->first += excess;
-        length -= excess;
-        if (r->target < r->first + 1) r->target = r->first + 1;
-        t->cut[item] = true;
-    }
-    r->n = length > 1 ? length - 1 : 1;
+    Ids all = {0};
+    Request *r = new_request(t, item);
+    text_printf(&whole, "%s %s", context, continuation);
+    if (bos || !n) push_bos(m, &t->pool);
+    if (bos || !n) push_bos(m, &all);
+    encode(m->tokenizer, context, n, &t->pool);
+    encode(m->tokenizer, whole.s, whole.n, &all);
+    r->target = t->pool.n;
+    push_ids(&t->pool, &all, t->pool.n - r->first, all.n);
+    end_request(t, r, m->max_length + 1);
+    if (r->n > 1) r->n--;               // the last token is not fed
+    if (r->target <= r->first) r->target = r->first + 1;
     r->row = r->target - r->first - 1;
-    r->n_targets = p->n - r->target;
+    r->n_targets = t->pool.n - r->target;
     release(all.id);
     release(whole.s);
 }
 
-// gold, context, choice, choice, ...
-static void ask_choice(Task *t, const Model *m, bool bos, int64_t item) {
-    const Item *i = &t->items[item];
-    for (int c = 2; c < i->n_fields; c++) {
-        ask_continuation(t, m, bos, item, c - 2, i->field[1], i->field[c]);
+// gold, context, choice, choice, ...; or gold, continuation, context, context, ...; or context,
+// continuation.
+static void ask_continuations(Task *t, const Model *m, bool bos, int64_t item) {
+    char **field = t->items[item].field;
+    int n = t->items[item].n_fields;
+    bool contexts = t->kind->columns[1] == 't';
+    if (n == 2) ask_continuation(t, m, bos, item, field[0], field[1]);
+    for (int c = 2; c < n; c++) {
+        ask_continuation(t, m, bos, item, field[contexts ? c : 1], field[contexts ? 1 : c]);
     }
-}
-
-// gold, continuation, context, context, ...
-static void ask_contexts(Task *t, const Model *m, bool bos, int64_t item) {
-    const Item *i = &t->items[item];
-    for (int c = 2; c < i->n_fields; c++) {
-        ask_continuation(t, m, bos, item, c - 2, i->field[c], i->field[1]);
-    }
-}
-
-// context, target
-static void ask_lastword(Task *t, const Model *m, bool bos, int64_t item) {
-    ask_continuation(t, m, bos, item, 0, t->items[item].field[0], t->items[item].field[1]);
 }
 
 // prompt, answer
 static void ask_generate(Task *t, const Model *m, bool bos, int64_t item) {
     const char *prompt = t->items[item].field[0];
-    Request *r = new_request(t, item, 0);
+    Request *r = new_request(t, item);
     if (t->max_tokens >= m->max_length) {
         die("%s: max_tokens is %lld, the model's context holds %d; lower it", t->path,
             (long long)t->max_tokens, m->max_length);
     }
-    if ((bos || !*prompt) && m->bos < 0) die("%s: has no BOS token; leave out --bos", m->path);
-    if (bos || !*prompt) ids_push(&t->pool, m->bos);
+    if (bos || !*prompt) push_bos(m, &t->pool);
     encode(m->tokenizer, prompt, (int64_t)strlen(prompt), &t->pool);
-    r->n = t->pool.n - r->first;
-    int64_t excess = r->n - (m->max_length - t->max_tokens);
-    if (excess > 0) {
-        r->first += excess;
-        r->n -= excess;
-        t->cut[item] = true;
-    }
+    end_request(t, r, m->max_length - t->max_tokens);
     r->row = r->n - 1;
 }
 
@@ -3264,19 +3085,17 @@ static void ask_generate(Task *t, const Model *m, bool bos, int64_t item) {
 // every token masked once, in windows of the model's length.
 static void ask_text(Task *t, const Model *m, bool bos, int64_t item) {
     (void)bos;
-    Ids ids = {0};
     const char *text = t->items[item].field[0];
+    int64_t start = t->pool.n, window = m->max_length, done = 0;
+    Ids ids = {0};
     encode(m->tokenizer, text, (int64_t)strlen(text), &ids);
-    if (m->bos < 0) die("%s: has no BOS token, which running text begins with", m->path);
     if (m->arch == LLAMA) {
-        int64_t start = t->pool.n, window = m->max_length;
-        ids_push(&t->pool, m->bos);
-        for (int64_t i = 0; i < ids.n; i++) ids_push(&t->pool, ids.id[i]);
-        if (!ids.n) new_request(t, item, 0)->n = 1, t->requests[t->n_requests - 1].first = start;
-        for (int64_t done = 0, end; done < ids.n; done = end) {
+        push_bos(m, &t->pool);
+        push_ids(&t->pool, &ids, 0, ids.n);
+        for (int64_t end; done < ids.n; done = end) {
             end = done + window < ids.n ? done + window : ids.n;
-            Request *r = new_request(t, item, 0);
-            int64_t from = end - window > 0 ? end - window : 0;
+            int64_t from = end > window ? end - window : 0;
+            Request *r = new_request(t, item);
             r->first = start + from;            // pool[start + i] is the token before ids[i]
             r->n = end - from;
             r->row = done - from;
@@ -3284,20 +3103,22 @@ static void ask_text(Task *t, const Model *m, bool bos, int64_t item) {
             r->n_targets = end - done;
         }
     } else {
-        int64_t window = (m->max_length < 512 ? m->max_length : 512) - 2;
+        window = (window < 512 ? window : 512) - 2;
         if (window < 1) die("%s: its context holds no text between [CLS] and [SEP]", m->path);
-        for (int64_t done = 0; done == 0 || done < ids.n; done += window) {
-            int64_t n = ids.n - done < window ? ids.n - done : window, start = t->pool.n;
+        do {
+            int64_t n = ids.n - done < window ? ids.n - done : window;
+            start = t->pool.n;
             ids_push(&t->pool, m->bos);
-            for (int64_t i = 0; i < n; i++) ids_push(&t->pool, ids.id[done + i]);
+            push_ids(&t->pool, &ids, done, done + n);
             ids_push(&t->pool, m->eos);
-            for (int64_t i = 1; i <= n || i == 1; i++) {    // an empty text asks for nothing
-                Request *r = new_request(t, item, 0);
+            for (int64_t i = 1; i <= n || i == 1; i++) {    // no tokens: nothing to mask or score
+                Request *r = new_request(t, item);
                 *r = (Request){.item = item, .first = start, .n = n + 2, .segment_from = n + 2,
                                .mask_at = n ? i : -1, .row = i, .target = start + i,
                                .n_targets = n > 0};
             }
-        }
+            done += window;
+        } while (done < ids.n);
     }
     release(ids.id);
 }
@@ -3307,33 +3128,31 @@ static void ask_text(Task *t, const Model *m, bool bos, int64_t item) {
 static void ask_classify(Task *t, const Model *m, bool bos, int64_t item) {
     (void)bos;
     const Item *it = &t->items[item];
-    Request *r = new_request(t, item, 0);
+    Request *r = new_request(t, item);
     Ids text[2] = {{0}, {0}};
     int pair = it->n_fields > 2;
-    int64_t limit = (m->max_length < 128 ? m->max_length : 128) - 2 - pair, n[2] = {0, 0};
+    int64_t limit = (m->max_length < 128 ? m->max_length : 128) - 2 - pair;
     for (int i = 0; i <= pair; i++) {
         encode(m->tokenizer, it->field[1 + i], (int64_t)strlen(it->field[1 + i]), &text[i]);
-        n[i] = text[i].n;
     }
-    if (n[0] + n[1] > limit) {
-        int longer = pair && n[1] >= n[0];
-        int64_t small = n[!longer] * pair;
-        int64_t large = small > limit || limit - small < small ? small : limit - small;
+    if (text[0].n + text[1].n > limit) {
+        int longer = pair && text[1].n >= text[0].n;
+        int64_t small = text[!longer].n, large = limit - small > small ? limit - small : small;
         if (small + large > limit) {
             small = limit / 2;
             large = limit - small;
         }
-        n[longer] = large;
-        n[!longer] = small;
+        text[longer].n = large;
+        text[!longer].n = small;
         t->cut[item] = true;
     }
     ids_push(&t->pool, m->bos);
-    for (int64_t i = 0; i < n[0]; i++) ids_push(&t->pool, text[0].id[i]);
+    push_ids(&t->pool, &text[0], 0, text[0].n);
     ids_push(&t->pool, m->eos);
     r->segment_from = t->pool.n - r->first;
-    for (int64_t i = 0; i < n[1]; i++) ids_push(&t->pool, text[1].id[i]);
+    push_ids(&t->pool, &text[1], 0, text[1].n);
     if (pair) ids_push(&t->pool, m->eos);
-    r->n = t->pool.n - r->first;
+    end_request(t, r, m->max_length);
     release(text[0].id);
     release(text[1].id);
 }
@@ -3361,8 +3180,10 @@ static void value_lastword(const Task *t, const Request *r, int64_t n, double *v
 
 static void value_generate(const Task *t, const Request *r, int64_t n, double *value) {
     (void)n;
-    value[0] = exact_match(r->text.s ? r->text.s : "", t->items[r->item].field[1], false);
-    value[1] = exact_match(r->text.s ? r->text.s : "", t->items[r->item].field[1], true);
+    const char *text = r->text.s ? r->text.s : "", *answer = t->items[r->item].field[1];
+    for (int flexible = 0; flexible < 2; flexible++) {
+        value[flexible] = exact_match(text, answer, flexible);
+    }
 }
 
 static void value_classify(const Task *t, const Request *r, int64_t n, double *value) {
@@ -3383,13 +3204,13 @@ static void value_text(const Task *t, const Request *r, int64_t n, double *value
 }
 
 static const Kind kinds[] = {
-    {"choice", LLAMA, SCORES, 2, 4, INT_MAX, false, ask_choice, value_choice},
-    {"contexts", LLAMA, SCORES, 1, 4, INT_MAX, false, ask_contexts, value_choice},
-    {"lastword", LLAMA, SCORES, 2, 2, 2, false, ask_lastword, value_lastword},
-    {"generate", LLAMA, GENERATES, 2, 2, 2, false, ask_generate, value_generate},
-    {"classify", BERT, CLASSIFIES, 2, 2, 3, false, ask_classify, value_classify},
-    {"regress", BERT, CLASSIFIES, 2, 2, 3, false, ask_classify, value_classify},
-    {"text", 0, SCORES, 5, 1, 1, true, ask_text, value_text},
+    {"choice", LLAMA, SCORES, 2, "gstt", INT_MAX, false, ask_continuations, value_choice},
+    {"contexts", LLAMA, SCORES, 1, "gtss", INT_MAX, false, ask_continuations, value_choice},
+    {"lastword", LLAMA, SCORES, 2, "st", 2, false, ask_continuations, value_lastword},
+    {"generate", LLAMA, GENERATES, 2, "ss", 2, false, ask_generate, value_generate},
+    {"classify", BERT, CLASSIFIES, 2, "gs", 3, false, ask_classify, value_classify},
+    {"regress", BERT, CLASSIFIES, 2, "xs", 3, false, ask_classify, value_classify},
+    {"text", 0, SCORES, 5, "t", 1, true, ask_text, value_text},
 };
 enum { N_KINDS = sizeof kinds / sizeof *kinds };
 
@@ -3410,8 +3231,8 @@ static bool unescape(char *s) {
     return true;
 }
 
-// Splits `s` at each `separator` that no backslash stands before; returns the pieces and their
-// number. The pieces are parts of s.
+// Splits `s` at each `separator` that no backslash stands before (at the end of a line it escapes
+// nothing); returns the pieces and their number. The pieces are parts of s.
 static char **split(char *s, char separator, int *n) {
     char **piece = NULL;
     int64_t capacity = 0;
@@ -3419,7 +3240,7 @@ static char **split(char *s, char separator, int *n) {
         piece = grow(piece, &capacity, *n + 1, sizeof *piece, "fields");
         piece[(*n)++] = s;
         for (; *s && *s != separator; s++) {
-            if (*s == '\\' && s[1]) s++;
+            if (*s == '\\' && s[1] && s[1] != '\n') s++;
         }
         if (!*s) return piece;
         *s = 0;
@@ -3427,138 +3248,108 @@ static char **split(char *s, char separator, int *n) {
 }
 
 // One option of the header, "key=value".
-static void task_option(Task *t, char *option) {
-    char *value = strchr(option, '=');
-    if (!value) die("%s: line 1: \"%s\" is not of the form key=value", t->path, option);
-    *value++ = 0;
-    int n;
-    if (!strcmp(option, "name")) t->name = value;
-    else if (!strcmp(option, "head")) t->head = value;
-    else if (!strcmp(option, "kind")) {
+static void task_option(Task *t, char *key) {
+    char *value = strchr(key, '='), **part = NULL;
+    bool good = value != NULL;
+    int n = 0;
+    if (good) *value++ = 0;
+    if (!good) value = "";
+    else if (!strcmp(key, "head")) t->head = value;
+    else if (!strcmp(key, "name")) {            // it becomes a column of tables and a file name
+        t->name = value;
+        good = *value && !value[strspn(value, "ABCDEFGHIJKLMNOPQRSTUVWXYZ-_."
+                                              "abcdefghijklmnopqrstuvwxyz0123456789")];
+    } else if (!strcmp(key, "kind")) {
+        t->kind = NULL;
         for (int i = 0; i < N_KINDS; i++) {
             if (!strcmp(kinds[i].name, value)) t->kind = &kinds[i];
         }
-        if (!t->kind) die("%s: line 1: kind \"%s\" is unknown; see README.md", t->path, value);
-    } else if (!strcmp(option, "chance")) {
-        if (!parse_double(value, &t->chance)) {
-            die("%s: line 1: chance \"%s\" is not a number", t->path, value);
+        good = t->kind && !t->n_metrics;
+    } else if (!strcmp(key, "chance")) good = parse_double(value, &t->chance);
+    else if (!strcmp(key, "max_tokens")) good = parse_int(value, 1, 1 << 20, &t->max_tokens);
+    else if (!strcmp(key, "metrics")) {
+        part = split(value, ',', &n);
+        for (int i = 0; i < n && good; i++) {
+            const Metric *m = t->kind ? metric_find(t->kind->name, value = part[i]) : NULL;
+            good = m && t->n_metrics < 8;
+            if (good) t->metrics[t->n_metrics++] = m;
         }
-    } else if (!strcmp(option, "max_tokens")) {
-        if (!parse_int(value, 1, 1 << 20, &t->max_tokens)) {
-            die("%s: line 1: max_tokens \"%s\" is not a whole number from 1", t->path, value);
-        }
-    } else if (!strcmp(option, "metrics")) {
-        char **names = split(value, ',', &n);
-        if (!t->kind) die("%s: line 1: kind= must stand before metrics=", t->path);
-        for (int i = 0; i < n; i++) {
-            const Metric *m = metric_find(t->kind->name, names[i]);
-            if (!m || t->n_metrics == 8) {
-                die("%s: line 1: \"%s\" is no metric of kind %s", t->path, names[i], t->kind->name);
-            }
-            t->metrics[t->n_metrics++] = m;
-        }
-        release(names);
-    } else if (!strcmp(option, "labels") || !strcmp(option, "stop")) {
-        char **parts = split(value, '|', &n);
-        for (int i = 0; i < n; i++) {
-            if (!unescape(parts[i]) || !*parts[i]) {
-                die("%s: line 1: %s has an empty part or a bad escape", t->path, option);
-            }
-        }
-        if (*option == 'l') t->labels = parts, t->n_labels = n;
-        else t->stops = parts, t->n_stops = n;
-    } else {
-        die("%s: line 1: option \"%s\" is unknown; see README.md", t->path, option);
+    } else if (!strcmp(key, "labels") || !strcmp(key, "stop")) {
+        part = split(value, '|', &n);
+        for (int i = 0; i < n; i++) good &= unescape(part[i]) && *part[i];
+        *(*key == 'l' ? &t->labels : &t->stops) = part;
+        *(*key == 'l' ? &t->n_labels : &t->n_stops) = n;
+    } else good = false;
+    if (!good) {
+        die("%s: line 1: %s=%s: no such option or value (kind= stands before metrics=; names have "
+            "A-Z a-z 0-9 . _ -); see README.md, A task of your own", t->path, key, value);
     }
 }
 
-// Checks the fields of an item, so that all that follows can trust them.
-static void check_item(const Task *t, int64_t i) {
-    const Item *it = &t->items[i];
-    const char *kind = t->kind->name;
-    double number;
-    int64_t gold;
-    if (it->n_fields < t->kind->fewest_fields || it->n_fields > t->kind->most_fields) {
-        die("%s: line %lld: %d columns, kind %s has %d%s; mend the line", t->path,
-            (long long)it->line, it->n_fields, kind, t->kind->fewest_fields,
-            t->kind->most_fields > t->kind->fewest_fields ? " or more" : "");
-    }
+// Checks the columns of an item, so that all that follows can trust them, and undoes escapes.
+static void check_item(const Task *t, const Item *it) {
+    const Kind *k = t->kind;
+    const char *fault = NULL;
+    int fewest = (int)strlen(k->columns);
+    int choices = k->output == CLASSIFIES ? t->n_labels : it->n_fields - 2;
     for (int f = 0; f < it->n_fields; f++) {
-        if (!unescape(it->field[f])) bad_item(t, i, "a backslash before other than n, t, r or \\");
+        char *field = it->field[f], column = k->columns[f < fewest ? f : fewest - 1];
+        double number;
+        int64_t gold;
+        if (!unescape(field)) fault = "a backslash before other than n, t, r or \\";
+        else if (column == 't' && !*field) fault = "an empty column";
+        else if (column == 'g' && !parse_int(field, 0, choices - 1, &gold)) {
+            fault = "the first column is not the number of a choice or label, counted from 0";
+        } else if (column == 'x' && !(parse_double(field, &number) && isfinite(number))) {
+            fault = "the first column is not a number";
+        }
     }
-    if (!strcmp(kind, "choice") || !strcmp(kind, "contexts")) {
-        if (!parse_int(it->field[0], 0, it->n_fields - 3, &gold)) {
-            bad_item(t, i, "the first column is not the number of a choice, counted from 0");
-        }
-        for (int f = *kind == 'c' && kind[1] == 'h' ? 2 : 1; f < it->n_fields; f++) {
-            if (!*it->field[f] && (kind[1] == 'h' || f == 1)) bad_item(t, i, "an empty continuation");
-        }
-    } else if (!strcmp(kind, "lastword")) {
-        if (!*it->field[1]) bad_item(t, i, "an empty target");
-    } else if (!strcmp(kind, "classify")) {
-        if (!parse_int(it->field[0], 0, t->n_labels - 1, &gold)) {
-            bad_item(t, i, "the first column is not the number of a label, counted from 0");
-        }
-    } else if (!strcmp(kind, "regress")) {
-        if (!parse_double(it->field[0], &number) || !isfinite(number)) {
-            bad_item(t, i, "the first column is not a number");
-        }
+    if (it->n_fields < fewest || it->n_fields > k->most) fault = "too few or too many columns";
+    if (fault) {
+        die("%s: line %lld: %s, for kind %s; see README.md, A task of your own", t->path,
+            (long long)it->line, fault, k->name);
     }
 }
 
 // Reads a task file and checks all of it.
 static Task *task_load(const char *path) {
     Task *t = allocate(1, sizeof *t, "task");
-    int64_t bytes, capacity = 0, line = 0;
+    int64_t bytes;
+    int n, n_lines;
     t->path = copy_string(path);
     t->text = read_file(path, &bytes);
     t->chance = NAN;
     t->max_tokens = 256;
     t->hash = hash_bytes((unsigned char *)t->text, bytes);
-    char *at = t->text, *end = at + bytes;
-    if (!strncmp(at, "\xef\xbb\xbf", 3)) at += 3;
-    while (at < end) {
-        char *stop = memchr(at, '\n', (size_t)(end - at));
-        if (!stop) stop = end;
-        line++;
-        if (memchr(at, 0, (size_t)(stop - at))) {
-            die("%s: line %lld: a NUL byte; task files are text", path, (long long)line);
-        }
-        *stop = 0;
-        if (stop > at && stop[-1] == '\r') stop[-1] = 0;
-        int n;
-        char **field = split(at, '\t', &n);
-        at = stop + 1;
-        if (line == 1) {
-            if (strcmp(field[0], "#painters-task") || n < 2 || strcmp(field[1], "1")) {
-                die("%s: line 1: not a task file of version 1; it begins #painters-task<TAB>1", path);
-            }
-            for (int i = 2; i < n; i++) task_option(t, field[i]);
-            release(field);
-            continue;
-        }
-        if (n == 1 && !*field[0]) {             // an empty line at the end is no item
-            release(field);
-            if (at < end) die("%s: line %lld: an empty line; remove it", path, (long long)line);
-            continue;
-        }
-        t->items = grow(t->items, &capacity, t->n_items + 1, sizeof *t->items, "items");
-        t->items[t->n_items++] = (Item){field, n, line};
+    bool whole = (int64_t)strlen(t->text) == bytes;
+    char **line = split(t->text + 3 * !strncmp(t->text, "\xef\xbb\xbf", 3), '\n', &n_lines);
+    if (!whole) die("%s: line %d: a NUL byte; task files are text", path, n_lines);
+    for (int i = 0; i < n_lines; i++) {
+        char *end = line[i] + strlen(line[i]);
+        if (end > line[i] && end[-1] == '\r') end[-1] = 0;
     }
+    while (n_lines > 1 && !*line[n_lines - 1]) n_lines--;
+    char **field = split(line[0], '\t', &n);
+    if (n < 2 || strcmp(field[0], "#painters-task") || strcmp(field[1], "1")) {
+        die("%s: line 1: not a task file of version 1; it begins #painters-task<TAB>1", path);
+    }
+    for (int i = 2; i < n; i++) task_option(t, field[i]);
     if (!t->kind || !t->name || !t->n_metrics) {
         die("%s: line 1: name=, kind= and metrics= are needed", path);
-    }
-    for (const char *c = t->name; *c; c++) {    // it becomes a column of tables and a file name
-        if (!strchr("._-", *c) && !(*c >= '0' && *c <= '9') && !((*c | 32) >= 'a' && (*c | 32) <= 'z')) {
-            die("%s: line 1: the name \"%s\" has other characters than A-Z a-z 0-9 . _ -", path, t->name);
-        }
     }
     if (!strcmp(t->kind->name, "classify") && t->n_labels < 2) {
         die("%s: line 1: labels=A|B|... is needed for kind classify", path);
     }
-    for (int64_t i = 0; i < t->n_items; i++) check_item(t, i);
-    if (!t->n_items) die("%s: line 2: no items; a task has at least one", path);
+    if (n_lines < 2) die("%s: line 2: no items; a task has at least one", path);
+    t->n_items = n_lines - 1;
+    t->items = allocate(t->n_items, sizeof *t->items, "items");
     t->cut = allocate(t->n_items, sizeof *t->cut, "items");
+    for (int64_t i = 0; i < t->n_items; i++) {
+        Item *it = &t->items[i];
+        it->line = i + 2;
+        it->field = split(line[i + 1], '\t', &it->n_fields);
+        check_item(t, it);
+    }
     Text id = {0};
     text_printf(&id, "#task\t%s\t%016llx\t%s\t%lld\t%.9g\t", t->name, (unsigned long long)t->hash,
                 t->kind->name, (long long)t->n_items, t->chance);
@@ -3567,15 +3358,6 @@ static Task *task_load(const char *path) {
     }
     t->identity = id.s;
     return t;
-}
-
-static void task_free(Task *t) {
-    for (int64_t i = 0; i < t->n_items && t->items; i++) release(t->items[i].field);
-    for (int64_t i = 0; i < t->n_requests; i++) release(t->requests[i].text.s);
-    void *own[] = {t->path, t->text, t->identity, t->items, t->labels, t->stops, t->pool.id,
-                   t->requests, t->cut, t->label_of};
-    for (size_t i = 0; i < sizeof own / sizeof *own; i++) release(own[i]);
-    release(t);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -3809,8 +3591,7 @@ static int64_t store_read(Store *st, const char *path) {
         else if (!st->identity) die("%s: line 1: not a result file of painters --out", path);
         else if (!strncmp(at, "#task\t", 6)) {
             Task *t = task_from_line(at, path, number);
-            int known = st->n_tasks;
-            if (store_task(st, t, false) < known) task_free(t);
+            store_task(st, t, false);
         } else store_record(st, at, path, number);
     }
     int64_t whole = at - text;
@@ -5608,7 +5389,7 @@ static void cosine(Session *s, const Wanted *w, const Schedule *schedule, const 
         }
     } else {
         t = allocate(1, sizeof *t, "task");
-        Request *r = new_request(t, 0, 0);
+        Request *r = new_request(t, 0);
         if ((m->arch == BERT || w->bos) && m->bos >= 0) ids_push(&t->pool, m->bos);
         encode(need_tokenizer(m), prompt, (int64_t)strlen(prompt), &t->pool);
         if (m->arch == BERT && m->eos >= 0) ids_push(&t->pool, m->eos);
@@ -5652,7 +5433,6 @@ static void cosine(Session *s, const Wanted *w, const Schedule *schedule, const 
     release(names);
     release(text);
     release(sum);
-    task_free(t);
 }
 
 // ------------------------------------------------------------------------------------------------

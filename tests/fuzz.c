@@ -136,7 +136,6 @@ static __typeof__(options) options_at_start;
 static void run(char **words, int n) {
     options = options_at_start;
     quiet = true;
-    kernels_wanted = NULL;
     interrupted = 0;
     if (!setjmp(ended)) painters_main(n, words);
     fflush(stdout);
@@ -174,7 +173,7 @@ static void fuzz_tokenizer(const uint8_t *data, size_t size) {
         Ids ids = {0};
         Text back = {0};
         tokenizer_load(t, "section", data[0] % 2 ? SENTENCEPIECE : WORDPIECE, section, bytes,
-                       1 << 20, 1, true);
+                       1 << 20, 1);
         encode(t, (const char *)text, rest - bytes, &ids);
         for (int64_t i = 0; i < ids.n; i++) {
             if (ids.id[i] < 0 || ids.id[i] >= t->n_tokens) abort();

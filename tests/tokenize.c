@@ -50,7 +50,7 @@ int main(int argc, char **argv) {
     memcpy(exact, data, (size_t)bytes);
     Tokenizer t;
     tokenizer_load(&t, argv[1], atoi(argv[2]), (unsigned char *)exact, bytes, atoi(argv[3]),
-                   atoi(argv[4]), true);
+                   atoi(argv[4]));
     static char line[1 << 20];
     while (fgets(line, sizeof line, stdin)) {
         if (*line == 'd') command_decode(&t, line + 1);
