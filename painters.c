@@ -5679,6 +5679,7 @@ int main(int argc, char **argv) {
     parse_arguments(argc, argv);
     if (options.help || argc == 1) {
         print_help();
+        close_written(stdout, "stdout");
         return argc == 1;
     }
     check_options();
