@@ -150,8 +150,9 @@ static void fuzz_model(const uint8_t *data, size_t size) {
     memcpy(copy, data, size);
     if (size >= 36) {
         for (int i = 0; i < 8; i++) copy[16 + i] = (uint8_t)((uint64_t)size >> 8 * i);
-        uint64_t header = read_u64(copy + 24);
-        uint32_t sum = header <= size ? header_checksum(copy, (int64_t)header) : 0;
+        int64_t header = read_i64(copy + 24);
+        bool whole = header >= 0 && header <= (int64_t)size;
+        uint32_t sum = whole ? header_checksum(copy, header) : 0;
         for (int i = 0; i < 4; i++) copy[32 + i] = (uint8_t)(sum >> 8 * i);
     }
     write_input(copy, size);
