@@ -133,7 +133,7 @@ static void write_input(const uint8_t *data, size_t size) {
 
 // One run of the program, from a state as at its start.
 static __typeof__(options) options_at_start;
-static void run(char **words, int n) {
+static void run_program(char **words, int n) {
     options = options_at_start;
     quiet = true;
     interrupted = 0;
@@ -141,7 +141,7 @@ static void run(char **words, int n) {
     fflush(stdout);
     clean_up();
 }
-#define RUN(...) run((char *[]){"painters", __VA_ARGS__, NULL}, \
+#define RUN(...) run_program((char *[]){"painters", __VA_ARGS__, NULL}, \
                      (int)(sizeof (char *[]){"painters", __VA_ARGS__} / sizeof(char *)))
 
 static void fuzz_model(const uint8_t *data, size_t size) {
@@ -218,7 +218,7 @@ static void fuzz_command(const uint8_t *data, size_t size) {
         if (strstr(at, "/dev") || strstr(at, "/proc")) n--;     // endless files are none of ours
         if (!strcmp(at, "-")) n--;                              // and stdin is nobody's
     }
-    run(words, n);
+    run_program(words, n);
     free(text);
 }
 
