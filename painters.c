@@ -515,8 +515,7 @@ static void *model_allocate(Model *m, int64_t count, int64_t size, const char *w
     return m->own[m->n_own++] = allocate(count, size, what);
 }
 
-// Fields of the file, which is little-endian, at any alignment. Weights are used as they lie.
-_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "model files are little-endian");
+// Fields of the file, which is little-endian, at any alignment.
 static uint32_t read_u32(const unsigned char *p) {
     return p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
 }
@@ -577,6 +576,9 @@ static const char *tensor_name(const Model *m, int i) {
 // Reads and checks the header: its fields, the tensor table and the places of the sections.
 static void model_header(Model *m) {
     const unsigned char *f = m->file;
+    if (__BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__) {    // weights are used as they lie
+        die("%s: model files are little-endian, this machine is not; use another", m->path);
+    }
     need(m, m->bytes >= 192 && !memcmp(f, "PAINTERS", 8), "byte 0", "not a painters model file");
     need(m, read_u32(f + 8) == 1, "byte 8", "not of version 1, which this program reads");
     need(m, read_i64(f + 16) == m->bytes, "byte 16", "the file is cut off, or too long");
