@@ -3996,39 +3996,29 @@ static void store_open(Store *st, const char *path) {
     for (int i = 0; i < st->n_wanted_tasks; i++) fprintf(st->out, "%s\n", st->tasks[i]->identity);
 }
 
-// Schedules that begin with the same steps share them: sorted, they are neighbours, and a walk from
-// one to the next goes back only to where they part. That is a tree, walked depth first.
-static int64_t common_steps(const Schedule *a, const Schedule *b) {
+// Steps that two schedules, as --show prints them, begin with in common.
+static int64_t common_steps(const char *a, const char *b) {
     int64_t n = 0;
-    for (; n < a->n_steps && n < b->n_steps && a->first[n + 1] == b->first[n + 1]; n++) {
-        size_t bytes = (size_t)(a->first[n + 1] - a->first[n]) * sizeof *a->layer;
-        if (memcmp(a->layer + a->first[n], b->layer + b->first[n], bytes)) break;
-    }
-    return n;
+    for (; *a && *a == *b; a++, b++) n += *a == ' ';
+    return n + ((!*a || *a == ' ') && (!*b || *b == ' '));
 }
 
-// High layers before low ones, groups before single layers: where the paper's schedules part, the
-// branch that parts again comes last, and few states need to be saved. A beginning comes before
-// what begins with it.
-static int by_steps(const void *x, const void *y) {
-    const Schedule *a = &(*(Entry *const *)x)->schedule, *b = &(*(Entry *const *)y)->schedule;
-    int64_t n = common_steps(a, b);
-    int64_t i = a->first[n];
-    if (n == a->n_steps) return n == b->n_steps ? 0 : -1;
-    if (n == b->n_steps) return 1;
-    while (i < a->first[n + 1] && i < b->first[n + 1] && a->layer[i] == b->layer[i]) i++;
-    if (i == a->first[n + 1]) return 1;
-    return i == b->first[n + 1] ? -1 : b->layer[i] - a->layer[i];
+// High layers and groups come before low layers: where the paper's schedules part, the branch that
+// parts again is then mostly the last one, and few states need to be saved.
+static int by_text(const void *a, const void *b) {
+    return strcmp((*(Entry *const *)b)->text, (*(Entry *const *)a)->text);
 }
 
-// Puts schedules into the order of a walk. Returns the layer passes that it takes.
+// Puts schedules into the order of a walk: those that begin with the same steps are neighbours, and
+// from one to the next the walk goes back only to where they part. That is a tree of schedules,
+// walked depth first. Returns the layer passes that it takes.
 static int64_t plan_walk(Entry **entry, int64_t n) {
     int64_t passes = 0;
-    qsort(entry, (size_t)n, sizeof *entry, by_steps);
+    qsort(entry, (size_t)n, sizeof *entry, by_text);
     for (int64_t k = 0; k < n; k++) {
-        const Schedule *s = &entry[k]->schedule;
-        entry[k]->common = k ? common_steps(&entry[k - 1]->schedule, s) : 0;
-        passes += s->n_slots - s->first[entry[k]->common];
+        Entry *x = entry[k];
+        x->common = k ? common_steps(entry[k - 1]->text, x->text) : 0;
+        passes += x->schedule.n_slots - x->schedule.first[x->common];
     }
     return passes;
 }
@@ -4076,6 +4066,9 @@ typedef struct {                // a row of the batch whose next token is asked 
     int64_t row;
     int token, best;            // the token that is scored; the likeliest one
     double loglik;              // of `token`
+    int sequence;               // of a text that is being generated; tokens made so far; has one
+    int64_t made;               // other than BOS come
+    bool begun;
 } Target;
 
 // Fills in what the model says behind rows of the batch, some rows at a time.
@@ -4107,7 +4100,8 @@ static void score_requests(Evaluation *e) {
         for (int64_t j = r->row; j < r->row + r->n_targets; j++) {
             int64_t row = j < r->shared ? r->parent_row + j : r->own_row + j - r->shared;
             target = grow(target, &capacity, n + 1, sizeof *target, "tokens to score");
-            target[n++] = (Target){r, row, e->t->pool.id[r->target + j - r->row], 0, 0};
+            target[n++] = (Target){.request = r, .row = row,
+                                    .token = e->t->pool.id[r->target + j - r->row]};
         }
     }
     score_rows(e->s, target, n);
@@ -4162,33 +4156,30 @@ static void write_escaped(FILE *f, const Text *text) {
     }
 }
 
-static void write_record(FILE *f, const Task *t, const char *key, int64_t item,
-                         const double *kept) {
-    fprintf(f, "%s\t%s\t%lld", t->name, key, (long long)item);
-    for (int k = 0; k <= t->kind->width; k++) fprintf(f, "\t%.17g", kept[k]);
-}
-
 // Keeps the values of an item, answered by n requests: in memory, in --out and in --log.
 static void keep_item(Evaluation *e, Entry *x, const Request *r, int64_t n) {
     const Task *t = e->t;
-    FILE *out = e->store.out, *log = e->log;
+    FILE *file[] = {e->store.out, e->log};
     e->answers++;
     if (e->pooling) return;
     double *kept = kept_of(&e->store, x, e->task, r->item);
     kept[0] = t->cut[r->item] ? DONE_CUT : DONE;
     memcpy(kept + 1, x->partial, (size_t)t->kind->width * sizeof *kept);
-    if (out) {
-        write_record(out, t, x->key, r->item, kept);
-        fputc('\n', out);
+    for (int i = 0; i < 2; i++) {
+        FILE *f = file[i];
+        if (!f) continue;
+        fprintf(f, "%s\t%s\t%lld", t->name, x->key, (long long)r->item);
+        for (int k = 0; k <= t->kind->width; k++) fprintf(f, "\t%.17g", kept[k]);
+        if (f == e->log) {
+            bool scores = t->kind->output == SCORES;
+            fputc('\t', f);
+            for (int64_t k = 0; k < n && scores && !t->kind->adds; k++) {
+                fprintf(f, "%s%.12g", k ? " " : "", r[k].loglik);
+            }
+            if (!scores) write_escaped(f, &r->text);
+        }
+        fputc('\n', f);
     }
-    if (!log) return;
-    write_record(log, t, x->key, r->item, kept);
-    fputc('\t', log);
-    for (int64_t k = 0; k < n && t->kind->output == SCORES && !t->kind->adds; k++) {
-        fprintf(log, "%s%.12g", k ? " " : "", r[k].loglik);
-    }
-    if (t->kind->output != SCORES) write_escaped(log, &r->text);
-    fputc('\n', log);
 }
 
 // Turns the answers to requests from .. end-1 into kept values, item by item.
@@ -4208,7 +4199,6 @@ static void keep_answers(Evaluation *e, Entry *x, int64_t from, int64_t end) {
             e->store.path, strerror(errno));
     }
     progress(t->name, e->answers, e->answers_due, e->started);
-    stop_if_interrupted(e);
 }
 
 // Runs the batch through all schedules of the walk. The rows are saved where a later schedule
@@ -4257,11 +4247,12 @@ static int64_t common_tokens(const Task *t, const Request *r, int64_t n) {
 }
 
 // Puts the tokens of a request from position `from` up to `to` into the batch.
-static void add_rows(Evaluation *e, const Request *r, int sequence, int64_t from, int64_t to) {
-    const Model *m = e->s->model;
+static void add_rows(Session *s, const Task *t, const Request *r, int sequence, int64_t from,
+                     int64_t to) {
+    const Model *m = s->model;
     for (int64_t j = from; j < to; j++) {
-        int token = j == r->mask_at ? m->mask : e->t->pool.id[r->first + j];
-        batch_add(e->s, sequence, token, m->arch == BERT && j >= r->segment_from);
+        int token = j == r->mask_at ? m->mask : t->pool.id[r->first + j];
+        batch_add(s, sequence, token, m->arch == BERT && j >= r->segment_from);
     }
 }
 
@@ -4269,7 +4260,7 @@ static void add_rows(Evaluation *e, const Request *r, int sequence, int64_t from
 static int open_prefix(Evaluation *e, int64_t n_slots) {
     if (!e->prefix) return -1;
     int prefix = sequence_new(e->s, -1, e->prefix, n_slots);
-    add_rows(e, e->t->requests, prefix, 0, e->prefix);
+    add_rows(e->s, e->t, e->t->requests, prefix, 0, e->prefix);
     return prefix;
 }
 
@@ -4314,38 +4305,31 @@ static void open_batch(Evaluation *e, int64_t from) {
         int64_t parent_row = s->batch.n_rows - e->prefix;
         if (shared > e->prefix) {
             parent = sequence_new(s, prefix, shared - e->prefix, 1);
-            add_rows(e, &r[to], parent, e->prefix, shared);
+            add_rows(s, t, &r[to], parent, e->prefix, shared);
         }
         for (; to < end; to++) {
             r[to].shared = shared;
             r[to].parent_row = parent_row;
             r[to].own_row = s->batch.n_rows;
             if (r[to].n == shared) continue;
-            add_rows(e, &r[to], sequence_new(s, parent, r[to].n - shared, 1), shared, r[to].n);
+            int own = sequence_new(s, parent, r[to].n - shared, 1);
+            add_rows(s, t, &r[to], own, shared, r[to].n);
         }
     }
     e->first = from;
     e->last = to;
 }
 
-typedef struct {                // a text that is being generated
-    Request *request;           // NULL: it has come to its end, and another may take its sequence
-    int64_t made;
-    int token;                  // the last one
-    bool begun;                 // a token other than BOS has come
-} Voice;
-
-// Adds a token to a voice's text; true when the text has come to its end.
-static bool voice_takes(const Evaluation *e, Voice *v, int token) {
+// Adds the likeliest token to a text that is being generated; true when it has come to its end.
+static bool take_token(const Evaluation *e, Target *v) {
     const Task *t = e->t;
     const Model *m = e->s->model;
     Text *text = &v->request->text;
     char *cut = NULL;
     v->made++;
-    v->token = token;
-    if (token == m->eos) return true;
-    decode(m->tokenizer, v->begun ? token : -1, token, text);   // -1: a text begins
-    v->begun |= token != m->bos;
+    if (v->best == m->eos) return true;
+    decode(m->tokenizer, v->begun ? v->best : -1, v->best, text);   // -1: a text begins
+    v->begun |= v->best != m->bos;
     for (int i = 0; i < t->n_stops; i++) {      // cut at the first of the stop texts
         char *stop = strstr(text->s, t->stops[i]);
         if (stop && (!cut || stop < cut)) cut = stop;
@@ -4368,51 +4352,45 @@ static void generate(Evaluation *e) {
     Task *t = e->t;
     Entry *x = e->entry[0];
     const Model *m = s->model;
-    int64_t n_slots = schedule_slots(s, &x->schedule), n = 0, next = 0;
-    int first = (int)s->n_sequences, prefix = first - 1;
-    double slot_bytes = 4.0 * m->n_kv_heads * (double)(m->head_dim + value_stride(m));
-    double most_rows = CACHE_MEGABYTES * 1e6 / (slot_bytes * (double)n_slots);
-    Voice *voice = allocate(t->n_requests, sizeof *voice, "texts");
-    Target *target = allocate(t->n_requests, sizeof *target, "texts");
+    int64_t n_slots = schedule_slots(s, &x->schedule), n = 0, opened = 0, next = 0;
+    int prefix = (int)s->n_sequences - 1;
+    double row_bytes = 4.0 * (double)(n_slots * m->n_kv_heads * (m->head_dim + value_stride(m)));
+    Target *text = allocate(t->n_requests, sizeof *text, "texts");  // n, then those that have ended
     for (;;) {
         int64_t cached = 0;
-        for (int k = 0; k < n; k++) {
-            if (!voice[k].request) continue;
-            batch_add(s, first + k, voice[k].token, 0);
-            cached += voice[k].request->n - e->prefix + t->max_tokens;
+        for (int64_t k = 0; k < n; k++) {
+            text[k].row = s->batch.n_rows;
+            batch_add(s, text[k].sequence, text[k].best, 0);
+            cached += text[k].request->n - e->prefix + t->max_tokens;
         }
-        for (int k = 0; next < t->n_requests; k++) {
+        for (; next < t->n_requests; next++, n++) {
             Request *r = &t->requests[next];
             int64_t rows = r->n - e->prefix, room = rows + t->max_tokens;
-            if (voice[k].request) continue;
             cached += room;
-            if (s->batch.n_rows && (s->batch.n_rows + rows > e->w->batch_tokens ||
-                                    (double)cached > most_rows)) break;
-            if (k < n) sequence_open(s, first + k, prefix, room, n_slots);
-            else n = 1 + sequence_new(s, prefix, room, n_slots) - first;
-            add_rows(e, r, first + k, e->prefix, r->n);
-            voice[k] = (Voice){.request = r};
+            if (n && (s->batch.n_rows + rows > e->w->batch_tokens ||
+                      (double)cached * row_bytes > CACHE_MEGABYTES * 1e6)) break;
+            int q = text[n].sequence;           // of a text that has ended
+            if (n < opened) sequence_open(s, q, prefix, room, n_slots);
+            else q = sequence_new(s, prefix, room, n_slots), opened++;
+            add_rows(s, t, r, q, e->prefix, r->n);
+            text[n] = (Target){.request = r, .row = s->batch.n_rows - 1, .sequence = q};
             text_add(&r->text, "", 0);
-            next++;
         }
-        if (!s->batch.n_rows) break;
+        if (!n) break;
         stop_if_interrupted(e);
         forward(s, &x->schedule);
-        e->separate_passes += x->schedule.n_slots;
-        const Run *run = s->batch.runs;
-        int64_t n_runs = s->batch.n_runs;
-        for (int64_t i = 0; i < n_runs; i++) target[i] = (Target){.row = run[i].row + run[i].n - 1};
-        score_rows(s, target, n_runs);
-        for (int64_t i = 0; i < n_runs; i++) {
-            Voice *v = &voice[run[i].sequence - first];
-            if (!voice_takes(e, v, target[i].best)) continue;
-            keep_answers(e, x, v->request - t->requests, v->request - t->requests + 1);
-            v->request = NULL;
-        }
         batch_commit(s);
+        e->separate_passes += x->schedule.n_slots;
+        score_rows(s, text, n);
+        for (int64_t k = n - 1; k >= 0; k--) {
+            Target ended = text[k];
+            if (!take_token(e, &text[k])) continue;
+            keep_answers(e, x, ended.request - t->requests, ended.request - t->requests + 1);
+            text[k] = text[--n];
+            text[n] = ended;
+        }
     }
-    release(voice);
-    release(target);
+    release(text);
 }
 
 // Answers what is due of the task under the schedules of the walk.
@@ -5254,11 +5232,10 @@ static void match_labels(Task *t, const Model *m, const char *wanted) {
     t->classifier = h;
     t->label_of = allocate(h->n_labels, sizeof *t->label_of, "labels");
     for (int i = 0; i < h->n_labels && !regress; i++) {
-        for (int j = 0; j < t->n_labels; j++) {
-            if (strcmp(h->labels[i], t->labels[j])) continue;
-            t->label_of[i] = j;
-            known++;
-        }
+        int j = 0;
+        while (j < t->n_labels && strcmp(h->labels[i], t->labels[j])) j++;
+        t->label_of[i] = j;
+        known += j < t->n_labels;
     }
     if (regress || known == h->n_labels) return;
     for (int i = 0; i < h->n_labels; i++) t->label_of[i] = i;
@@ -5368,20 +5345,6 @@ static void fit_probes(Evaluation *e, Task *train) {
     release(gold);
 }
 
-// Lists the schedules that have items of a task left, and counts these: *answers.
-static int64_t list_due(Evaluation *e, Entry **entry, int64_t *answers) {
-    int64_t n = 0;
-    *answers = 0;
-    for (int64_t i = 0; i < e->store.n_wanted; i++) {
-        int64_t before = *answers;
-        for (int64_t item = 0; item < e->t->n_items; item++) {
-            *answers += due(e, &e->store.entries[i], item);
-        }
-        if (*answers > before) entry[n++] = &e->store.entries[i];
-    }
-    return n;
-}
-
 enum { MOST_FEATURES = 256000000 };     // of train items under schedules held at a time: a gigabyte
 
 // Runs all tasks under all wanted schedules that are not done with them.
@@ -5391,23 +5354,23 @@ static void run_tasks(Evaluation *e, Task *train) {
     e->started = seconds();
     for (int pass = 0; pass < 2; pass++) {          // the first one only counts
         for (e->task = 0; e->task < st->n_wanted_tasks; e->task++) {
-            int64_t answers, group, n;
-            e->t = st->tasks[e->task];
-            n = group = list_due(e, entry, &answers);
-            if (pass == 0) {
-                e->answers_due += answers + (train ? n * train->n_items : 0);
-                continue;
+            Task *t = e->t = st->tasks[e->task];
+            int64_t n = 0, group = t->kind->output == GENERATES ? 1 : st->n_wanted;
+            for (Entry *x = st->entries; x < st->entries + st->n_wanted; x++) {
+                int64_t left = 0;
+                for (int64_t item = 0; item < t->n_items; item++) left += due(e, x, item);
+                if (left) entry[n++] = x;
+                if (left && pass == 0) e->answers_due += left + (train ? train->n_items : 0);
             }
             plan_walk(entry, n);
-            if (e->t->kind->output == GENERATES) group = 1;
             if (train) group = MOST_FEATURES / e->s->model->dim / train->n_items;
             if (group < 1) group = 1;
-            for (int64_t from = 0; from < n; from += group) {
+            for (int64_t from = 0; from < n && pass; from += group) {
                 e->entry = entry + from;
                 e->n = n - from < group ? n - from : group;
                 plan_walk(e->entry, e->n);
                 if (train) fit_probes(e, train);
-                e->t = st->tasks[e->task];
+                e->t = t;
                 run_requests(e);
             }
         }
@@ -5477,36 +5440,29 @@ static void keep_state(Session *s, void *data) {
 
 // Cosine similarity of every pair of hidden states of one sequence, flattened over its positions,
 // added to sum [n][n].
-static void add_cosines(Session *s, const Schedule *schedule, const Task *t, const Request *r,
+static void add_cosines(Session *s, const Schedule *schedule, const Task *t, Request r,
                         double *sum, int64_t n) {
-    const Model *m = s->model;
-    int64_t size = r->n * m->dim;
+    int64_t size = r.n * s->model->dim;
     float *state = allocate(n * size, sizeof *state, "hidden states"), *at = state;
-    double *dot = allocate(n * n, sizeof *dot, "similarities");
+    r.mask_at = -1;
     s->listener = keep_state;
     s->listener_data = &at;
     session_reset(s, 0);
-    int q = sequence_new(s, -1, r->n, 1);
-    for (int64_t j = 0; j < r->n; j++) {
-        batch_add(s, q, t->pool.id[r->first + j], m->arch == BERT && j >= r->segment_from);
-    }
+    add_rows(s, t, &r, sequence_new(s, -1, r.n, 1), 0, r.n);
     forward(s, schedule);
     s->listener = NULL;
-    #pragma omp parallel for schedule(dynamic)
-    for (int64_t i = 0; i < n; i++) {
-        for (int64_t j = 0; j <= i; j++) {
-            const float *a = state + i * size, *b = state + j * size;
-            for (int64_t k = 0; k < size; k++) dot[i * n + j] += (double)a[k] * (double)b[k];
+    #pragma omp parallel for
+    for (int64_t pair = 0; pair < n * n; pair++) {
+        const float *a = state + pair / n * size, *b = state + pair % n * size;
+        double aa = 0, ab = 0, bb = 0;
+        for (int64_t k = 0; k < size; k++) {
+            aa += (double)a[k] * (double)a[k];
+            ab += (double)a[k] * (double)b[k];
+            bb += (double)b[k] * (double)b[k];
         }
-    }
-    for (int64_t i = 0; i < n; i++) {
-        for (int64_t j = 0; j < n; j++) {
-            double own = i > j ? dot[i * n + j] : dot[j * n + i];
-            sum[i * n + j] += own / sqrt(dot[i * n + i] * dot[j * n + j]);
-        }
+        sum[pair] += ab / sqrt(aa * bb);
     }
     release(state);
-    release(dot);
 }
 
 // The sequences of a task file, or the one of a prompt, for --cosine.
@@ -5543,7 +5499,7 @@ static void cosine(Session *s, const Wanted *w, const Schedule *schedule, const 
     for (int64_t i = 0; i < t->n_requests; i++) {
         const Request *r = &t->requests[i];
         if (i && r->mask_at >= 0 && r->first == r[-1].first) continue;  // a window of running text
-        add_cosines(s, schedule, t, r, sum, n);
+        add_cosines(s, schedule, t, *r, sum, n);
         done++;
         progress("cosine", i + 1, t->n_requests, started);
     }
