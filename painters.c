@@ -41,6 +41,7 @@
 #define isatty _isatty
 #define fileno _fileno
 #define mkdir(path, mode) _mkdir(path)
+#define ftruncate _chsize_s
 #else
 #include <sys/mman.h>
 #include <unistd.h>
@@ -3363,8 +3364,16 @@ static Task *task_load(const char *path) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// 9. Sweeps: a tree of schedules, walked over batches of items, and what is kept of it
+// 9. Sweeps: schedules walked as a tree over batches of items, and what is kept of it
 // ------------------------------------------------------------------------------------------------
+
+// What a run is asked for; the command line fills it in.
+typedef struct {
+    const char **evals, **reports, *probe, *sweep, *head, *out, *log, *svg;
+    int64_t n_evals, n_reports, limit, batch_tokens, shard, n_shards;
+    double strength;
+    bool bos;
+} Wanted;
 
 typedef struct {             // one metric of one task under one schedule, ready to print or draw
     const char *task, *metric;
@@ -3381,45 +3390,30 @@ typedef struct {             // one metric of one task under one schedule, ready
     const char *family;      // "llama" or "bert"
 } Row;
 
-// A schedule among those of a run, with a key that names it in files: "skip:3", "random:3:7",
-// "path:0 1 3".
 enum { MAX_TASKS = 64 };
-enum { MISSING, DONE, DONE_CUT };
-typedef struct {
+enum { MISSING, DONE, DONE_CUT };       // state of an item; cut: it did not fit the context
+
+typedef struct {                // a schedule and its results
     Schedule schedule;
-    char *key, *text;
-    bool wanted;                    // by this run; others were found in the result file
-    double *kept[MAX_TASKS];        // [n_items][width] of each task
-    unsigned char *state[MAX_TASKS];    // [n_items]: MISSING, DONE, DONE_CUT
+    char *key, *text;           // its name in files ("skip:3", "random:3:7"); as --show prints it
+    double *kept[MAX_TASKS];    // of each task [n_items][1 + width]: state, values; NULL: nothing
+    int64_t common;             // steps shared with the schedule before it in a walk
+    double partial[8];          // values of an item whose requests are not all answered yet
+    float *features;            // --probe: pooled features of the train items, [n_items][dim],
+    double *weights;            // and what is fitted to them, [outputs][dim + 1]
 } Entry;
 
-typedef struct {                    // results: in memory, and line by line in an append-only file
+typedef struct {                // results: in memory, and line by line in an append-only file
     Entry *entries;
-    int64_t n_entries, capacity;
     Task *tasks[MAX_TASKS];
-    int n_tasks;
-    bool wanted_task[MAX_TASKS];
-    char *identity;                 // the line that says what settings the results belong to
-    char family[8], bos[8];
+    int64_t n_entries, capacity, n_wanted;  // this run's come first, then others from the file
+    int n_tasks, n_wanted_tasks;
+    char *identity, family[8], bos[8];      // identity: the line that says what results belong to
     int layers;
-    const char *path;               // --out
+    const char *reading, *path;             // the file being read, for errors; --out
+    int64_t line;
     FILE *out;
 } Store;
-
-static char *schedule_key(const Schedule *s) {
-    Text t = {0};
-    text_printf(&t, "%s", s->method);
-    if (s->start >= 0) text_printf(&t, ":%lld", (long long)s->start);
-    if (s->argument >= 0 || !strcmp(s->method, "random")) {
-        if (s->start >= 0 && s->argument != -1) text_printf(&t, ":%lld", (long long)s->argument);
-    }
-    if (!strcmp(s->method, "path")) {
-        char *text = schedule_text(s);
-        text_printf(&t, ":%s", text);
-        release(text);
-    }
-    return t.s;
-}
 
 static const Intervention *intervention_named(const char *name, size_t n) {
     for (int i = 0; i < N_INTERVENTIONS; i++) {
@@ -3430,301 +3424,219 @@ static const Intervention *intervention_named(const char *name, size_t n) {
     return NULL;
 }
 
-// The schedule that a key names; `place` is for errors.
-static Schedule key_schedule(const char *key, int T, const char *place) {
-    if (!strcmp(key, "baseline")) return schedule_build(NULL, T, -1, -1);
-    if (!strncmp(key, "path:", 5)) return schedule_parse(key + 5, T, place);
-    const Intervention *v = intervention_named(key, strcspn(key, ":"));
-    int64_t start = -1, argument = -1;
-    char *copy = copy_string(key), *a = strchr(copy, ':'), *b = a ? strchr(a + 1, ':') : NULL;
-    if (b) *b++ = 0;
-    if (!v || !a || !parse_int(a + 1, 0, largest_start(v, T), &start) ||
-        !v->argument_flag != !b || (b && !parse_int(b, v->lowest, v->highest, &argument))) {
-        die("%s: \"%s\" names no schedule of a model with %d layers", place, key, T);
+static Entry *store_find(const Store *st, const char *key) {
+    for (int64_t i = 0; i < st->n_entries; i++) {
+        if (!strcmp(st->entries[i].key, key)) return &st->entries[i];
     }
-    release(copy);
-    return schedule_build(v, T, start, argument);
+    return NULL;
 }
 
-// Adds a schedule, or finds it by its key.
-static Entry *store_schedule(Store *st, Schedule schedule, bool wanted) {
-    char *key = schedule_key(&schedule);
-    for (int64_t i = 0; i < st->n_entries; i++) {
-        if (strcmp(st->entries[i].key, key)) continue;
-        st->entries[i].wanted |= wanted;
-        release(key);
-        return &st->entries[i];
+// Adds a schedule, or finds it where it was added before.
+static Entry *store_schedule(Store *st, Schedule s) {
+    const Intervention *v = intervention_named(s.method, strlen(s.method));
+    char *text = schedule_text(&s);
+    Text key = {0};
+    text_printf(&key, "%s", s.method);
+    if (v) text_printf(&key, ":%lld", (long long)s.start);
+    if (v && v->argument_flag) text_printf(&key, ":%lld", (long long)s.argument);
+    if (!strcmp(s.method, "path")) text_printf(&key, ":%s", text);
+    Entry *e = store_find(st, key.s);
+    if (e) {
+        release(key.s);
+        release(text);
+        return e;
     }
-    st->entries = grow(st->entries, &st->capacity, st->n_entries + 1, sizeof *st->entries,
-                       "schedules");
-    Entry *e = &st->entries[st->n_entries++];
-    *e = (Entry){.schedule = schedule, .key = key, .text = schedule_text(&schedule),
-                 .wanted = wanted};
+    st->entries = grow(st->entries, &st->capacity, st->n_entries + 1, sizeof *e, "schedules");
+    e = &st->entries[st->n_entries++];
+    *e = (Entry){.schedule = s, .key = key.s, .text = text};
     return e;
 }
 
-// Makes room for the values of a task under a schedule.
-static void entry_room(Entry *e, const Store *st, int task) {
-    const Task *t = st->tasks[task];
-    if (e->kept[task]) return;
-    e->kept[task] = allocate(t->n_items * t->kind->width, sizeof(double), "results");
-    e->state[task] = allocate(t->n_items, 1, "results");
-}
-
-static int store_task(Store *st, Task *t, bool wanted) {
+static void store_task(Store *st, Task *t) {
     for (int i = 0; i < st->n_tasks; i++) {
         if (strcmp(st->tasks[i]->name, t->name)) continue;
-        if (strcmp(st->tasks[i]->identity, t->identity)) {
-            die("%s: task %s is not the one of the other results; keep them in files of their own",
-                t->path, t->name);
-        }
-        st->wanted_task[i] |= wanted;
-        return i;
+        if (!strcmp(st->tasks[i]->identity, t->identity)) return;
+        die("%s: task %s is not the one of the other results; keep them in files of their own",
+            t->path, t->name);
     }
     if (st->n_tasks == MAX_TASKS) die("%s: over %d tasks in one run", t->path, MAX_TASKS);
-    st->wanted_task[st->n_tasks] = wanted;
-    st->tasks[st->n_tasks] = t;
-    return st->n_tasks++;
+    st->tasks[st->n_tasks++] = t;
 }
 
-// A task as a line of a result file knows it: #task name hash kind items chance metrics, and with
-// --probe what its classifier was fitted on.
-static Task *task_from_line(const char *line, const char *path, int64_t number) {
+// Room for what is kept of an item: state, values.
+static double *kept_of(const Store *st, Entry *e, int task, int64_t item) {
+    const Task *t = st->tasks[task];
+    int64_t n = 1 + t->kind->width;
+    if (!e->kept[task]) e->kept[task] = allocate(t->n_items * n, sizeof(double), "results");
+    return e->kept[task] + item * n;
+}
+
+_Noreturn static void bad_line(const Store *st, const char *fault) {
+    die("%s: line %lld: %s; choose another file, or remove the line", st->reading,
+        (long long)st->line, fault);
+}
+
+// The schedule that a key of a result file names.
+static Schedule key_schedule(const Store *st, const char *key) {
+    if (!strcmp(key, "baseline")) return schedule_build(NULL, st->layers, -1, -1);
+    if (!strncmp(key, "path:", 5)) return schedule_parse(key + 5, st->layers, st->reading);
+    int n;
+    char **part = split(copy_string(key), ':', &n);
+    const Intervention *v = intervention_named(part[0], strlen(part[0]));
+    int64_t start, argument = -1;
+    if (!v || n != (v->argument_flag ? 3 : 2) ||
+        !parse_int(part[1], 0, largest_start(v, st->layers), &start) ||
+        (n == 3 && !parse_int(part[2], v->lowest, v->highest, &argument))) {
+        bad_line(st, "no schedule of such a model");
+    }
+    return schedule_build(v, st->layers, start, argument);
+}
+
+// What results belong to, the first line of a result file: that of this run, or else of the file.
+static void store_identity(Store *st, const char *line) {
+    if (st->identity && strcmp(st->identity, line)) {
+        bad_line(st, "these results belong to another model or other settings");
+    }
+    st->identity = copy_string(line);
+    if (sscanf(line, "#painters-results 1 model=%*16[0-9a-f] family=%7[a-z] layers=%5d bos=%7s",
+               st->family, &st->layers, st->bos) != 3 || st->layers < 1 || st->layers > 16384) {
+        bad_line(st, "not a result file of version 1");
+    }
+}
+
+// A task as a line of a result file knows it: #task name hash kind items chance metrics.
+static Task *task_from_line(const Store *st, const char *line) {
     Task *t = allocate(1, sizeof *t, "task");
-    int n, n_metrics = 0;
-    t->path = copy_string(path);
-    t->identity = copy_string(line);
-    t->text = copy_string(line);
-    char **field = split(t->text, '\t', &n), **metric = NULL;
+    int n;
+    char **field = split(copy_string(line), '\t', &n), **metric;
     for (int i = 0; i < N_KINDS && n >= 7; i++) {
         if (!strcmp(kinds[i].name, field[3])) t->kind = &kinds[i];
     }
     if (!t->kind || !parse_int(field[4], 1, INT64_MAX / 64, &t->n_items) ||
-        !parse_double(field[5], &t->chance)) {
-        die("%s: line %lld: not the description of a task", path, (long long)number);
-    }
+        !parse_double(field[5], &t->chance)) bad_line(st, "not the description of a task");
+    t->path = copy_string(st->reading);
+    t->identity = copy_string(line);
     t->name = field[1];
-    metric = split(field[6], ',', &n_metrics);
-    for (int i = 0; i < n_metrics && i < 8; i++) {
+    metric = split(field[6], ',', &n);
+    for (int i = 0; i < n && i < 8; i++, t->n_metrics++) {
         t->metrics[i] = metric_find(t->kind->name, metric[i]);
-        if (!t->metrics[i]) {
-            die("%s: line %lld: \"%s\" is no metric", path, (long long)number, metric[i]);
-        }
-        t->n_metrics = i + 1;
+        if (!t->metrics[i]) bad_line(st, "an unknown metric");
     }
-    release(metric);
-    release(field);
     return t;
 }
 
 // One result: task, schedule, item, state, values ...
-static void store_record(Store *st, char *line, const char *path, int64_t number) {
-    char place[64];
+static void store_record(Store *st, char *line) {
     int n, task = 0;
-    int64_t item, state;
-    snprintf(place, sizeof place, "line %lld", (long long)number);
+    int64_t item;
     char **field = split(line, '\t', &n);
     while (task < st->n_tasks && strcmp(st->tasks[task]->name, field[0])) task++;
     const Task *t = task < st->n_tasks ? st->tasks[task] : NULL;
-    if (!t || n != 4 + t->kind->width || !parse_int(field[2], 0, t->n_items - 1, &item) ||
-        !parse_int(field[3], DONE, DONE_CUT, &state)) {
-        die("%s: %s: not a result of a task named above it; remove the line", path, place);
+    if (!t || n != 4 + t->kind->width || !parse_int(field[2], 0, t->n_items - 1, &item)) {
+        bad_line(st, "not a result of a task named above it");
     }
-    Entry *e = store_schedule(st, key_schedule(field[1], st->layers, path), false);
-    entry_room(e, st, task);
-    double *kept = e->kept[task] + item * t->kind->width;
-    for (int i = 0; i < t->kind->width; i++) {
-        double value;
-        if (!parse_double(field[4 + i], &value)) {
-            die("%s: %s: \"%s\" is not a number", path, place, field[4 + i]);
+    Entry *e = store_find(st, field[1]);
+    if (!e) e = store_schedule(st, key_schedule(st, field[1]));
+    double *kept = kept_of(st, e, task, item);
+    bool known = kept[0] != MISSING;
+    bool labels = t->kind->output == CLASSIFIES && strcmp(t->kind->name, "regress");
+    for (int i = 0; i <= t->kind->width; i++) {
+        double value, lowest = i ? 0 : DONE, highest = i ? 65535 : DONE_CUT;
+        bool whole = labels || i == 0, number = parse_double(field[3 + i], &value);
+        if (!number || (whole && !(value >= lowest && value <= highest && value == floor(value)))) {
+            bad_line(st, "a value is no number, or not one that can stand there");
         }
-        if (t->kind->output == CLASSIFIES && strcmp(t->kind->name, "regress") &&
-            (value < 0 || value > 65535 || value != floor(value))) {
-            die("%s: %s: \"%s\" is no label", path, place, field[4 + i]);
-        }
-        bool same = kept[i] == value || (isnan(kept[i]) && isnan(value));
-        if (e->state[task][item] != MISSING && !same) {
-            die("%s: %s: another result of item %lld of %s under %s than before; the files do not "
-                "belong together", path, place, (long long)item, t->name, e->key);
+        if (known && kept[i] != value && !(isnan(kept[i]) && isnan(value))) {
+            bad_line(st, "another result of the same item than before");
         }
         kept[i] = value;
     }
-    e->state[task][item] = (unsigned char)state;
     release(field);
-}
-
-// The first line of a result file: what the results belong to. A store without an identity takes
-// that of the file.
-static void store_identity(Store *st, const char *line, const char *path, int64_t number) {
-    if (st->identity && strcmp(st->identity, line)) {
-        die("%s: line %lld: these results belong to another model or other settings (%s; now %s); "
-            "choose another file", path, (long long)number, line, st->identity);
-    }
-    if (st->identity) return;
-    char *copy = copy_string(line);
-    int n;
-    int64_t layers;
-    char **field = split(copy, '\t', &n);
-    if (n < 6 || strcmp(field[1], "1") || strncmp(field[3], "family=", 7) ||
-        strncmp(field[4], "layers=", 7) || !parse_int(field[4] + 7, 1, 16384, &layers) ||
-        strncmp(field[5], "bos=", 4)) {
-        die("%s: line %lld: not a result file of version 1", path, (long long)number);
-    }
-    st->identity = copy_string(line);
-    st->layers = (int)layers;
-    snprintf(st->family, sizeof st->family, "%s", field[3] + 7);
-    snprintf(st->bos, sizeof st->bos, "%s", field[5] + 4);
-    release(field);
-    release(copy);
 }
 
 // Reads a result file into the store and returns the length of its whole lines: a line that a kill
 // left unfinished is not counted.
 static int64_t store_read(Store *st, const char *path) {
-    int64_t bytes, number = 0;
+    int64_t bytes;
     char *text = read_file(path, &bytes), *at = text, *stop;
-    for (; (stop = memchr(at, '\n', (size_t)(text + bytes - at))) != NULL; at = stop + 1) {
+    st->reading = path;
+    for (st->line = 1; (stop = memchr(at, '\n', (size_t)(text + bytes - at))); st->line++) {
         *stop = 0;
-        number++;
-        if (memchr(at, 0, (size_t)(stop - at))) {
-            die("%s: line %lld: a NUL byte; the file is damaged", path, (long long)number);
-        }
-        if (!strncmp(at, "#painters-results\t", 18)) store_identity(st, at, path, number);
-        else if (!st->identity) die("%s: line 1: not a result file of painters --out", path);
-        else if (!strncmp(at, "#task\t", 6)) {
-            Task *t = task_from_line(at, path, number);
-            store_task(st, t, false);
-        } else store_record(st, at, path, number);
+        if (strlen(at) < (size_t)(stop - at)) bad_line(st, "a NUL byte");
+        if (!strncmp(at, "#painters-results\t", 18)) store_identity(st, at);
+        else if (!st->identity || st->line == 1) bad_line(st, "not a result file");
+        else if (!strncmp(at, "#task\t", 6)) store_task(st, task_from_line(st, at));
+        else store_record(st, at);
+        at = stop + 1;
     }
     int64_t whole = at - text;
     release(text);
     return whole;
 }
 
+static FILE *open_written(const char *path, const char *mode) {
+    FILE *f = fopen(path, mode);
+    if (!f) die("%s: cannot be written: %s; choose another place", path, strerror(errno));
+    return f;
+}
+
 // Opens --out: reads what is there, cuts off a line that a kill left unfinished, and adds the lines
 // that say what follows.
 static void store_open(Store *st, const char *path) {
-    FILE *f = fopen(path, "ab+");
-    if (!f) die("%s: cannot be written: %s; choose another place", path, strerror(errno));
-    int known = st->n_tasks;
-    char *own[MAX_TASKS];
-    for (int i = 0; i < known; i++) own[i] = st->tasks[i]->identity;
-    fseek(f, 0, SEEK_END);
-    int64_t length = ftell(f), whole = length > 0 ? store_read(st, path) : 0;
-#ifdef _WIN32
-    if (whole < length && _chsize_s(_fileno(f), whole)) die("%s: cannot be cut: %s", path, strerror(errno));
-#else
-    if (whole < length && ftruncate(fileno(f), (off_t)whole)) {
+    st->path = path;
+    st->out = open_written(path, "ab");
+    fseek(st->out, 0, SEEK_END);
+    int64_t length = ftell(st->out), whole = length > 0 ? store_read(st, path) : 0;
+    if (whole < length && ftruncate(fileno(st->out), whole)) {
         die("%s: cannot be cut: %s", path, strerror(errno));
     }
-#endif
-    st->path = path;
-    st->out = f;
-    fprintf(f, "%s\n", st->identity);
-    for (int i = 0; i < known; i++) fprintf(f, "%s\n", own[i]);
-    if (fflush(f)) die("%s: cannot be written: %s; free space", path, strerror(errno));
+    fprintf(st->out, "%s\n", st->identity);
+    for (int i = 0; i < st->n_wanted_tasks; i++) fprintf(st->out, "%s\n", st->tasks[i]->identity);
 }
 
-// The tree of a run's schedules: equal beginnings are one path from the root.
-typedef struct {
-    const int *layers;          // the step that leads here
-    int64_t n;
-    Place place;
-    int parent, child, sibling; // first child, next sibling; -1: none
-    int ends;                   // the first schedule that ends here, an index into Tree.entry; -1
-    int heavy;                  // the child visited last: the one that saves most states below it
-    int saves;
-    bool active;
-} Node;
+// Steps that two schedules, as --show prints them, begin with in common.
+static int64_t common_steps(const char *a, const char *b) {
+    int64_t n = 0;
+    for (; *a && *a == *b; a++, b++) n += *a == ' ';
+    return n + ((!*a || *a == ' ') && (!*b || *b == ' '));
+}
 
-typedef struct {
-    Node *nodes;
-    int64_t n_nodes, capacity, n_slots;     // n_slots: over all nodes
-    int64_t *entry;             // [n]: which schedules of the store
-    int *node, *next;           // [n]: where each ends, and the next one that ends there
-    int n;
-} Tree;
+// High layers and groups come before low layers: where the paper's schedules part, the branch that
+// parts again is then mostly the last one, and few states need to be saved.
+static int by_text(const void *a, const void *b) {
+    return strcmp((*(Entry *const *)b)->text, (*(Entry *const *)a)->text);
+}
 
-static void tree_build(Tree *t, const Session *s, const Store *st, const int64_t *entry, int n) {
-    *t = (Tree){.n = n};
-    t->entry = allocate(n, sizeof *t->entry, "schedules");
-    t->node = allocate(n, sizeof *t->node, "schedules");
-    t->next = allocate(n, sizeof *t->next, "schedules");
-    t->nodes = grow(NULL, &t->capacity, 1, sizeof *t->nodes, "schedules");
-    t->nodes[t->n_nodes++] = (Node){.parent = -1, .child = -1, .sibling = -1, .ends = -1};
-    for (int i = 0; i < n; i++) {
-        const Schedule *sc = &st->entries[entry[i]].schedule;
-        int at = 0;
-        for (int64_t step = 0; step < sc->n_steps; step++) {
-            const int *layers = sc->layer + sc->first[step];
-            int64_t count = sc->first[step + 1] - sc->first[step];
-            int child = t->nodes[at].child;
-            while (child >= 0 && (t->nodes[child].n != count ||
-                   memcmp(t->nodes[child].layers, layers, (size_t)count * sizeof *layers))) {
-                child = t->nodes[child].sibling;
-            }
-            if (child < 0) {
-                child = (int)t->n_nodes;
-                t->nodes = grow(t->nodes, &t->capacity, child + 1, sizeof *t->nodes, "schedules");
-                Node *p = &t->nodes[at];
-                Place place = {p->place.slot + (at ? step_slots(s, p->n) : 0), t->n_slots};
-                t->nodes[t->n_nodes++] = (Node){layers, count, place, at, -1, p->child, -1, -1, 0,
-                                                false};
-                p->child = child;
-                t->n_slots += step_slots(s, count);
-            }
-            at = child;
-        }
-        t->entry[i] = entry[i];
-        t->node[i] = at;
-        t->next[i] = t->nodes[at].ends;
-        t->nodes[at].ends = i;
+// Puts schedules into the order of a walk: those that begin with the same steps are neighbours, and
+// from one to the next the walk goes back only to where they part. That is a tree of schedules,
+// walked depth first. Returns the layer passes that it takes.
+static int64_t plan_walk(Entry **entry, int64_t n) {
+    int64_t passes = 0;
+    qsort(entry, (size_t)n, sizeof *entry, by_text);
+    for (int64_t k = 0; k < n; k++) {
+        Entry *x = entry[k];
+        x->common = k ? common_steps(entry[k - 1]->text, x->text) : 0;
+        passes += x->schedule.n_slots - x->schedule.first[x->common];
     }
-    for (int64_t i = t->n_nodes - 1; i >= 0; i--) {     // children stand behind their parents
-        int most = -1, second = -1;
-        t->nodes[i].heavy = -1;
-        for (int c = t->nodes[i].child; c >= 0; c = t->nodes[c].sibling) {
-            if (t->nodes[c].saves > most) {
-                second = most;
-                most = t->nodes[c].saves;
-                t->nodes[i].heavy = c;
-            } else if (t->nodes[c].saves > second) {
-                second = t->nodes[c].saves;
-            }
-        }
-        t->nodes[i].saves = second + 1 > most ? second + 1 : most < 0 ? 0 : most;
-    }
+    return passes;
 }
 
-static void tree_free(Tree *t) {
-    release(t->nodes);
-    release(t->entry);
-    release(t->node);
-    release(t->next);
-    *t = (Tree){0};
-}
-
-// A run of the evaluator over the items of one task.
-typedef struct {
+typedef struct {                // the evaluator at work on the items of one task
     Session *s;
-    Store *store;
-    Tree tree;
+    const Wanted *w;
+    Store store;
+    Entry **entry;              // [n]: the schedules of a walk, in its order
+    int64_t n;
     Task *t;
     int task;                   // its index in the store
-    bool bos;
-    int64_t batch_tokens, first, last;      // the batch runs requests first .. last-1
-    int64_t prefix;             // tokens that all requests begin with, computed once
-    int64_t n_slots;            // of the longest schedule
-    bool prefilling;            // the tree is walked for the prefix alone
-    bool prefix_kept;           // its keys and values stay; otherwise it is a row of every batch
-    int64_t separate_passes;    // layer passes that a run of its own per schedule would need
+    bool pooling;               // --probe: t is the train set, whose features are collected
+    int64_t first, last;        // the batch holds requests first .. last-1
+    int64_t prefix;             // tokens that all requests begin with: sequence 0, the parent of
+    bool prefix_kept;           // the others, computed once or in every batch
     int64_t answers, answers_due;
+    int64_t separate_passes;    // layer passes that a run of its own per schedule would need
     double started;
-    double *partial;            // [tree.n][width]: values of an item that is not yet complete
     FILE *log;
-    float **features;           // --probe: pooled features are collected here, [tree.n][items][dim]
-    double **weights;           // --probe: or classified by these
-    int n_outputs;
 } Evaluation;
 
 static volatile sig_atomic_t interrupted;
@@ -3733,97 +3645,98 @@ static void on_interrupt(int signal_number) { interrupted = signal_number; }
 
 // Stops where Ctrl-C or a termination signal asked for it; all that was finished is in --out.
 static void stop_if_interrupted(const Evaluation *e) {
+    const char *path = e->store.path;
     if (!interrupted) return;
-    if (e->store->out) {
-        warn("\nstopped; %s keeps what is done, and the same command goes on from there",
-             e->store->path);
-    } else {
-        warn("\nstopped; with --out FILE a run can go on where it was stopped");
-    }
-    if (e->log) fflush(e->log);
+    warn("\nstopped; %s%s", path ? path : "with --out FILE a run can be continued", path ?
+         " keeps what is done, and the same command goes on from there" : "");
     exit(128 + (int)interrupted);
 }
 
-// Runs the steps from the root to a node on the rows of the batch.
-static void run_to(Evaluation *e, int node) {
-    if (node <= 0) return;
-    const Node *at = &e->tree.nodes[node];
-    if (at->parent > 0) run_to(e, at->parent);
-    run_step(e->s, at->layers, at->n, at->place);
+// Whether this run has still to answer an item of the task under a schedule.
+static bool due(const Evaluation *e, Entry *x, int64_t item) {
+    const Wanted *w = e->w;
+    if (e->pooling) return true;
+    if ((w->limit >= 0 && item >= w->limit) || item % w->n_shards != w->shard - 1) return false;
+    return kept_of(&e->store, x, e->task, item)[0] == MISSING;
 }
 
-enum { LOGIT_ROWS = 128 };      // logits of so many rows are held at a time
+typedef struct {                // a row of the batch whose next token is asked for
+    Request *request;
+    int64_t row;
+    int token, best;            // the token that is scored; the likeliest one
+    double loglik;              // of `token`
+    int sequence;               // of a text that is being generated,
+    int64_t made;               // with so many tokens,
+    bool begun;                 // not all of them BOS
+} Target;
 
-// Log-probabilities of all scored tokens of the batch.
-static void score_requests(Evaluation *e) {
-    Session *s = e->s;
-    int64_t vocab = s->model->vocab_size, n_rows = 0, *rows;
-    int64_t *index = allocate(s->batch.n_rows, sizeof *index, "rows to score");
-    rows = allocate(s->batch.n_rows, sizeof *rows, "rows to score");
-    for (int pass = 0; pass < 2; pass++) {      // find the scored rows, then visit them in chunks
-        int64_t chunks = pass ? (n_rows + LOGIT_ROWS - 1) / LOGIT_ROWS : 1;
-        float *z = pass ? allocate(LOGIT_ROWS * vocab, sizeof *z, "logits") : NULL;
-        for (int64_t c = 0; c < chunks; c++) {
-            int64_t from = c * LOGIT_ROWS;
-            int64_t n = n_rows - from < LOGIT_ROWS ? n_rows - from : LOGIT_ROWS;
-            if (pass) logits(s, rows + from, n, z);
-            #pragma omp parallel for schedule(dynamic) if (pass)
-            for (int64_t i = e->first; i < e->last; i++) {
-                Request *r = &e->t->requests[i];
-                for (int64_t k = 0; k < r->n_targets; k++) {
-                    int64_t j = r->row + k;
-                    int64_t row = j < r->shared ? r->parent_row + j : r->own_row + j - r->shared;
-                    if (!pass) {
-                        r->loglik = 0;
-                        r->greedy = true;
-                        if (!index[row]) {
-                            rows[n_rows++] = row;
-                            index[row] = n_rows;
-                        }
-                        continue;
-                    }
-                    int64_t at = index[row] - 1 - from;
-                    if (at < 0 || at >= n) continue;
-                    int best, token = e->t->pool.id[r->target + k];
-                    r->loglik += log_softmax_at(z + at * vocab, vocab, token, &best);
-                    r->greedy &= best == token;
-                }
-            }
+// Fills in what the model says behind rows of the batch, some rows at a time.
+static void score_rows(Session *s, Target *target, int64_t n) {
+    enum { AT_ONCE = 128 };
+    int64_t vocab = s->model->vocab_size, rows[AT_ONCE];
+    float *z = allocate(AT_ONCE * vocab, sizeof *z, "logits");
+    for (int64_t from = 0; from < n; from += AT_ONCE) {
+        int64_t count = n - from < AT_ONCE ? n - from : AT_ONCE;
+        Target *t = target + from;
+        for (int64_t i = 0; i < count; i++) rows[i] = t[i].row;
+        logits(s, rows, count, z);
+        #pragma omp parallel for
+        for (int64_t i = 0; i < count; i++) {
+            t[i].loglik = log_softmax_at(z + i * vocab, vocab, t[i].token, &t[i].best);
         }
-        release(z);
     }
-    release(index);
-    release(rows);
+    release(z);
 }
 
-// What the classifier (or the probe of schedule i) makes of the batch's [CLS] rows.
-static void classify_requests(Evaluation *e, int i) {
-    const Model *m = e->s->model;
-    int64_t n = e->last - e->first, d = m->dim;
+// Log-likelihoods of the batch's requests.
+static void score_requests(Evaluation *e) {
+    Target *target = NULL;
+    int64_t n = 0, capacity = 0;
+    for (int64_t i = e->first; i < e->last; i++) {
+        Request *r = &e->t->requests[i];
+        r->loglik = 0;
+        r->greedy = true;
+        for (int64_t j = r->row; j < r->row + r->n_targets; j++) {
+            int64_t row = j < r->shared ? r->parent_row + j : r->own_row + j - r->shared;
+            target = grow(target, &capacity, n + 1, sizeof *target, "tokens to score");
+            target[n++] = (Target){.request = r, .row = row,
+                                    .token = e->t->pool.id[r->target + j - r->row]};
+        }
+    }
+    score_rows(e->s, target, n);
+    for (int64_t i = 0; i < n; i++) {
+        target[i].request->loglik += target[i].loglik;
+        target[i].request->greedy &= target[i].best == target[i].token;
+    }
+    release(target);
+}
+
+static int n_outputs(const Task *t) {
+    return strcmp(t->kind->name, "regress") ? t->n_labels : 1;
+}
+
+// What the classifier, or a schedule's probe, makes of the batch's [CLS] rows.
+static void classify_requests(Evaluation *e, Entry *entry) {
+    const Head *h = e->t->classifier;
+    int64_t n = e->last - e->first, d = e->s->model->dim;
     int64_t *rows = allocate(n, sizeof *rows, "rows to classify");
     float *x = allocate(n * d, sizeof *x, "pooled features");
+    float *z = allocate(h ? n * h->n_labels : 0, sizeof *z, "class scores");
     for (int64_t j = 0; j < n; j++) rows[j] = e->t->requests[e->first + j].own_row;
     pooled(e->s, rows, n, x);
-    const Head *h = e->t->classifier;
-    float *z = h ? allocate(n * h->n_labels, sizeof *z, "class scores") : NULL;
     if (h) matmul(z, x, &h->weight, h->bias, n);
     for (int64_t j = 0; j < n; j++) {
         Request *r = &e->t->requests[e->first + j];
-        if (e->features) {
-            memcpy(e->features[i] + r->item * d, x + j * d, (size_t)d * sizeof *x);
-        } else if (e->weights) {
-            r->prediction = probe_predict(e->weights[i], x + j * d, d, e->n_outputs);
-        } else if (h->regression) {
-            r->prediction = (double)z[j];
-        } else {
-            int best;
-            log_softmax_at(z + j * h->n_labels, h->n_labels, 0, &best);
-            r->prediction = e->t->label_of[best];
-        }
+        const float *own = x + j * d, *score = z + j * (h ? h->n_labels : 0);
+        int best = 0;
         r->text.n = 0;
-        for (int k = 0; z && k < h->n_labels; k++) {
-            text_printf(&r->text, "%s%.6f", k ? " " : "", (double)z[j * h->n_labels + k]);
+        for (int k = 0; h && k < h->n_labels; k++) {
+            text_printf(&r->text, "%s%.6f", k ? " " : "", (double)score[k]);
+            if (score[k] > score[best]) best = k;
         }
+        if (e->pooling) memcpy(entry->features + r->item * d, own, (size_t)d * sizeof *own);
+        else if (!h) r->prediction = probe_predict(entry->weights, own, d, n_outputs(e->t));
+        else r->prediction = h->regression ? (double)score[0] : e->t->label_of[best];
     }
     release(rows);
     release(x);
@@ -3842,71 +3755,155 @@ static void write_escaped(FILE *f, const Text *text) {
     }
 }
 
-// Keeps what the answers of an item come to under schedule i of the tree: in memory, in --out and
-// in --log.
-static void keep_item(Evaluation *e, int i, const Request *r, int64_t n, const double *value) {
-    Store *st = e->store;
-    Entry *entry = &st->entries[e->tree.entry[i]];
+// Keeps the values of an item, answered by n requests: in memory, in --out and in --log.
+static void keep_item(Evaluation *e, Entry *x, const Request *r, int64_t n) {
     const Task *t = e->t;
-    int width = t->kind->width;
+    FILE *file[] = {e->store.out, e->log};
     e->answers++;
-    if (e->features || entry->state[e->task][r->item]) return;
-    memcpy(entry->kept[e->task] + r->item * width, value, (size_t)width * sizeof *value);
-    entry->state[e->task][r->item] = t->cut[r->item] ? DONE_CUT : DONE;
-    if (st->out) {
-        fprintf(st->out, "%s\t%s\t%lld\t%d", t->name, entry->key, (long long)r->item,
-                entry->state[e->task][r->item]);
-        for (int k = 0; k < width; k++) fprintf(st->out, "\t%.17g", value[k]);
-        fputc('\n', st->out);
+    if (e->pooling) return;
+    double *kept = kept_of(&e->store, x, e->task, r->item);
+    kept[0] = t->cut[r->item] ? DONE_CUT : DONE;
+    memcpy(kept + 1, x->partial, (size_t)t->kind->width * sizeof *kept);
+    for (int i = 0; i < 2; i++) {
+        FILE *f = file[i];
+        if (!f) continue;
+        fprintf(f, "%s\t%s\t%lld", t->name, x->key, (long long)r->item);
+        for (int k = 0; k <= t->kind->width; k++) fprintf(f, "\t%.17g", kept[k]);
+        if (f == e->log) {
+            bool scores = t->kind->output == SCORES;
+            fputc('\t', f);
+            for (int64_t k = 0; k < n && scores && !t->kind->adds; k++) {
+                fprintf(f, "%s%.12g", k ? " " : "", r[k].loglik);
+            }
+            if (!scores) write_escaped(f, &r->text);
+        }
+        fputc('\n', f);
     }
-    if (!e->log) return;
-    fprintf(e->log, "%s\t%s\t%lld\t%d", t->name, entry->key, (long long)r->item, t->cut[r->item]);
-    for (int k = 0; k < width; k++) fprintf(e->log, "\t%.9g", value[k]);
-    fputc('\t', e->log);
-    for (int64_t k = 0; k < n && t->kind->output == SCORES && !t->kind->adds; k++) {
-        fprintf(e->log, "%s%.12g", k ? " " : "", r[k].loglik);
-    }
-    if (t->kind->output != SCORES) write_escaped(e->log, &r->text);
-    fputc('\n', e->log);
 }
 
 // Turns the answers to requests from .. end-1 into kept values, item by item.
-static void keep_range(Evaluation *e, int i, int64_t from, int64_t end) {
+static void keep_answers(Evaluation *e, Entry *x, int64_t from, int64_t end) {
     const Task *t = e->t;
-    int width = t->kind->width;
+    FILE *out = e->store.out;
     for (int64_t to; from < end; from = to) {
         const Request *r = &t->requests[from];
         for (to = from + 1; to < end && t->requests[to].item == r->item; to++) {}
-        double none[8] = {0}, *value = t->kind->adds ? e->partial + i * width : none;
-        t->kind->value(t, r, to - from, value);
+        t->kind->value(t, r, to - from, x->partial);
         if (t->kind->adds && to < t->n_requests && t->requests[to].item == r->item) continue;
-        keep_item(e, i, r, to - from, value);
-        memset(value, 0, (size_t)width * sizeof *value);
+        if (due(e, x, r->item)) keep_item(e, x, r, to - from);
+        memset(x->partial, 0, sizeof x->partial);
     }
-    if (e->store->out && (fflush(e->store->out) || ferror(e->store->out))) {
+    if (out && (fflush(out) || ferror(out))) {
         die("%s: cannot be written: %s; free space, then run the same command again",
-            e->store->path, strerror(errno));
+            e->store.path, strerror(errno));
     }
     progress(t->name, e->answers, e->answers_due, e->started);
-    stop_if_interrupted(e);
 }
 
-typedef struct {                // a text that is being generated
-    int64_t request, made, row;
-    int sequence, previous;
-    bool begun;                 // a token other than BOS has come
-} Voice;
+// Runs the batch through all schedules of the walk. The rows are saved where a later schedule
+// parts from the present one, and taken up again when its turn comes.
+static void walk(Evaluation *e) {
+    Session *s = e->s;
+    int64_t depth = 0, n_saved = 0, size = s->batch.n_rows * s->model->dim;
+    float **saved = allocate(e->n, sizeof *saved, "states at forks");
+    embed(s);
+    for (int64_t k = 0; k < e->n; k++) {
+        Entry *x = e->entry[k];
+        const Schedule *sc = &x->schedule;
+        if (x->common < depth) {
+            depth = x->common;
+            memcpy(s->x, saved[--n_saved], (size_t)size * sizeof *s->x);
+            release(saved[n_saved]);
+        }
+        for (; depth < sc->n_steps; depth++) {
+            int64_t next = k + 1, at = sc->first[depth], slot = s->kv_mean ? depth : at;
+            while (next < e->n && e->entry[next]->common > depth) next++;
+            if (next < e->n && e->entry[next]->common == depth) {
+                saved[n_saved] = allocate(size, sizeof *s->x, "states at a fork");
+                memcpy(saved[n_saved++], s->x, (size_t)size * sizeof *s->x);
+            }
+            stop_if_interrupted(e);
+            run_step(s, sc->layer + at, sc->first[depth + 1] - at, (Place){slot, slot});
+        }
+        e->separate_passes += sc->n_slots;
+        if (e->t->kind->output == SCORES) score_requests(e);
+        if (e->t->kind->output == CLASSIFIES) classify_requests(e, x);
+        keep_answers(e, x, e->first, e->last);
+    }
+    release(saved);
+}
 
-// Adds a token to a voice's text; true when the text has come to its end.
-static bool voice_takes(const Evaluation *e, Voice *v, int token) {
+// How many tokens n requests all begin with.
+static int64_t common_tokens(const Task *t, const Request *r, int64_t n) {
+    int64_t common = r->n;
+    for (int64_t i = 1; i < n; i++) {
+        const int *a = t->pool.id + r->first, *b = t->pool.id + r[i].first;
+        int64_t k = 0;
+        while (k < common && k < r[i].n && a[k] == b[k]) k++;
+        common = k;
+    }
+    return common;
+}
+
+// Puts the tokens of a request from position `from` up to `to` into the batch.
+static void add_rows(Session *s, const Task *t, const Request *r, int sequence, int64_t from,
+                     int64_t to) {
+    const Model *m = s->model;
+    for (int64_t j = from; j < to; j++) {
+        int token = j == r->mask_at ? m->mask : t->pool.id[r->first + j];
+        batch_add(s, sequence, token, m->arch == BERT && j >= r->segment_from);
+    }
+}
+
+// Fills the batch with requests from `from` on, whole items at a time, until it has its tokens.
+// What the requests of an item have in common is a sequence of its own, with them as its children.
+static void open_batch(Evaluation *e, int64_t from) {
+    Session *s = e->s;
+    Task *t = e->t;
+    Request *r = t->requests;
+    int64_t to = from;
+    int prefix = e->prefix ? 0 : -1;
+    session_reset(s, e->prefix_kept);
+    if (e->prefix && !e->prefix_kept) {
+        sequence_new(s, -1, e->prefix, e->n > 1 ? 1 : schedule_slots(s, &e->entry[0]->schedule));
+        add_rows(s, t, r, prefix, 0, e->prefix);
+    }
+    while (to < t->n_requests) {
+        int64_t end = to + 1, shared = e->prefix, rows = 0;
+        while (end < t->n_requests && !t->kind->adds && r[end].item == r[to].item) end++;
+        if (end > to + 1) shared = common_tokens(t, r + to, end - to);
+        for (int64_t i = to; i < end; i++) rows += r[i].n - shared;
+        rows += shared - e->prefix;
+        if (to > from && s->batch.n_rows + rows > e->w->batch_tokens) break;
+        int parent = prefix;
+        int64_t parent_row = s->batch.n_rows - e->prefix;
+        if (shared > e->prefix) {
+            parent = sequence_new(s, prefix, shared - e->prefix, 1);
+            add_rows(s, t, &r[to], parent, e->prefix, shared);
+        }
+        for (; to < end; to++) {
+            r[to].shared = shared;
+            r[to].parent_row = parent_row;
+            r[to].own_row = s->batch.n_rows;
+            if (r[to].n == shared) continue;
+            int own = sequence_new(s, parent, r[to].n - shared, 1);
+            add_rows(s, t, &r[to], own, shared, r[to].n);
+        }
+    }
+    e->first = from;
+    e->last = to;
+}
+
+// Adds the likeliest token to a text that is being generated; true when it has come to its end.
+static bool take_token(const Evaluation *e, Target *v) {
     const Task *t = e->t;
-    Text *text = &t->requests[v->request].text;
+    const Model *m = e->s->model;
+    Text *text = &v->request->text;
     char *cut = NULL;
     v->made++;
-    if (token == e->s->model->eos) return true;
-    decode(e->s->model->tokenizer, v->begun ? token : -1, token, text);  // -1: a text begins
-    v->begun |= token != e->s->model->bos;
-    v->previous = token;
+    if (v->best == m->eos) return true;
+    decode(m->tokenizer, v->begun ? v->best : -1, v->best, text);   // -1: a text begins
+    v->begun |= v->best != m->bos;
     for (int i = 0; i < t->n_stops; i++) {      // cut at the first of the stop texts
         char *stop = strstr(text->s, t->stops[i]);
         if (stop && (!cut || stop < cut)) cut = stop;
@@ -3918,334 +3915,92 @@ static bool voice_takes(const Evaluation *e, Voice *v, int token) {
     return cut || v->made >= t->max_tokens;
 }
 
-// Takes the next token of every voice from the pass that was just run. Those that end are kept and
-// leave; their sequences are free at once. Returns how many go on.
-static int64_t take_tokens(Evaluation *e, int i, Voice *voices, int64_t n, int *free_list,
-                           int64_t *n_free) {
-    int64_t vocab = e->s->model->vocab_size, left = 0;
-    float *z = allocate((n < LOGIT_ROWS ? n : LOGIT_ROWS) * vocab, sizeof *z, "logits");
-    int64_t *rows = allocate(n, sizeof *rows, "rows to score");
-    for (int64_t k = 0; k < n; k++) rows[k] = voices[k].row;
-    for (int64_t from = 0; from < n; from += LOGIT_ROWS) {
-        int64_t count = n - from < LOGIT_ROWS ? n - from : LOGIT_ROWS;
-        logits(e->s, rows + from, count, z);
-        for (int64_t k = 0; k < count; k++) {
-            Voice v = voices[from + k];
-            int best;
-            log_softmax_at(z + k * vocab, vocab, 0, &best);
-            if (!voice_takes(e, &v, best)) {
-                voices[left++] = v;
-                continue;
-            }
-            free_list[(*n_free)++] = v.sequence;
-            keep_range(e, i, v.request, v.request + 1);
-        }
-    }
-    release(z);
-    release(rows);
-    return left;
-}
-
-// Rows that a request needs in the cache behind the common prefix.
-static int64_t rows_needed(const Evaluation *e, const Request *r) {
-    bool more = e->t->kind->output == GENERATES;
-    return r->n - e->prefix + (more ? e->t->max_tokens : 0);
-}
-
 // Memory for the keys and values of texts being generated; beyond it they wait.
 enum { CACHE_MEGABYTES = 2048 };
 
-static bool cache_full(const Evaluation *e, int64_t rows) {
-    const Model *m = e->s->model;
-    double row = 4.0 * m->n_kv_heads * (double)(m->head_dim + value_stride(m));
-    return (double)rows * row * (double)e->n_slots > CACHE_MEGABYTES * 1e6;
-}
-
-// Puts the tokens of a request from position `from` up to `to` into the batch.
-static void add_rows(Evaluation *e, const Request *r, int sequence, int64_t from, int64_t to) {
-    const Model *m = e->s->model;
-    for (int64_t j = from; j < to; j++) {
-        int token = j == r->mask_at ? m->mask : e->t->pool.id[r->first + j];
-        batch_add(e->s, sequence, token, m->arch == BERT && j >= r->segment_from);
-    }
-}
-
-// Greedy generation under schedule i for requests from .. to-1. Either the batch holds their
-// prompts and s->x the states behind the last step (admit = false: the tree was walked), or they
-// are let in here as room comes free, prompts and next tokens running in the same passes.
-static void generate(Evaluation *e, int i, int64_t from, int64_t to, bool admit) {
+// Greedy generation under one schedule. Many texts grow in the same passes, a token each; as some
+// end, the prompts of others come in, so that passes stay full: a sweep of 12 layers took 0.74 of
+// the time of one that shared prompts between schedules and let each batch run out.
+static void generate(Evaluation *e) {
     Session *s = e->s;
-    int64_t n = 0, n_free = 0, rows = 0;
-    Voice *voices = allocate(to - from, sizeof *voices, "texts");
-    int *free_list = allocate(to - from, sizeof *free_list, "texts");
-    for (int64_t r = from; r < to; r++) {
-        e->t->requests[r].text.n = 0;
-        text_add(&e->t->requests[r].text, "", 0);
-    }
-    for (int64_t r = from; r < to && !admit; r++) {
-        const Request *q = &e->t->requests[r];
-        voices[n++] = (Voice){r, 0, q->own_row + q->row - q->shared, q->sequence, -1,
-                              false};
-    }
+    Task *t = e->t;
+    Entry *x = e->entry[0];
+    const Model *m = s->model;
+    int64_t n_slots = schedule_slots(s, &x->schedule), n = 0, opened = 0, next = 0;
+    int prefix = e->prefix ? 0 : -1;
+    double row_bytes = 4.0 * (double)(n_slots * m->n_kv_heads * (m->head_dim + value_stride(m)));
+    Target *text = allocate(t->n_requests, sizeof *text, "texts");  // n, then those that have ended
+    session_reset(s, e->prefix_kept);
     for (;;) {
-        if (n) n = take_tokens(e, i, voices, n, free_list, &n_free);
-        batch_commit(s);
-        rows = 0;
+        int64_t cached = 0;
         for (int64_t k = 0; k < n; k++) {
-            batch_add(s, voices[k].sequence, voices[k].previous, 0);
-            voices[k].row = s->batch.n_rows - 1;
-            rows += rows_needed(e, &e->t->requests[voices[k].request]);
+            text[k].row = s->batch.n_rows;
+            batch_add(s, text[k].sequence, text[k].best, 0);
+            cached += text[k].request->n - e->prefix + t->max_tokens;
         }
-        while (admit && from < to) {
-            const Request *r = &e->t->requests[from];
-            rows += rows_needed(e, r);
-            if (n && (s->batch.n_rows + r->n - e->prefix > e->batch_tokens || cache_full(e, rows))) {
-                break;
-            }
-            int parent = e->prefix ? 0 : -1, sequence;
-            if (n_free) {
-                sequence = free_list[--n_free];
-                sequence_open(s, sequence, parent, rows_needed(e, r), e->n_slots);
-            } else {
-                sequence = sequence_new(s, parent, rows_needed(e, r), e->n_slots);
-            }
-            add_rows(e, r, sequence, e->prefix, r->n);
-            voices[n++] = (Voice){from++, 0, s->batch.n_rows - 1, sequence, -1, false};
+        for (; next < t->n_requests; next++, n++) {
+            Request *r = &t->requests[next];
+            int64_t rows = r->n - e->prefix, room = rows + t->max_tokens;
+            cached += room;
+            if (n && (s->batch.n_rows + rows > e->w->batch_tokens ||
+                      (double)cached * row_bytes > CACHE_MEGABYTES * 1e6)) break;
+            int q = text[n].sequence;           // of a text that has ended
+            if (n < opened) sequence_open(s, q, prefix, room, n_slots);
+            else q = sequence_new(s, prefix, room, n_slots), opened++;
+            add_rows(s, t, r, q, e->prefix, r->n);
+            text[n] = (Target){.request = r, .row = s->batch.n_rows - 1, .sequence = q};
+            text_add(&r->text, "", 0);
         }
         if (!n) break;
         stop_if_interrupted(e);
-        embed(s);
-        run_to(e, e->tree.node[i]);
-    }
-    release(voices);
-    release(free_list);
-}
-
-// The same at a leaf of a tree walk: what the batch held is put back for the leaves to come.
-static void generate_at_leaf(Evaluation *e, int i) {
-    Session *s = e->s;
-    Batch kept = s->batch;
-    int64_t n = kept.n_runs, from = e->first, to = e->last;
-    Run *runs = allocate(n, sizeof *runs, "batch");
-    memcpy(runs, kept.runs, (size_t)n * sizeof *runs);
-    // take_tokens reads s->x alone, so the batch may go before it: its rows are committed first.
-    for (int64_t k = 0; k < n; k++) {
-        Sequence *q = &s->sequences[runs[k].sequence];
-        q->length += q->pending;
-        q->pending = 0;
-    }
-    s->batch = (Batch){0};
-    generate(e, i, from, to, false);
-    batch_free(&s->batch);
-    s->batch = kept;
-    for (int64_t k = 0; k < n; k++) {
-        Sequence *q = &s->sequences[runs[k].sequence];
-        q->length = 0;
-        q->pending = runs[k].n;
-    }
-    release(runs);
-}
-
-// The tree has reached the end of schedule i: s->x is what that schedule makes of the batch.
-static void leaf(Evaluation *e, int i) {
-    int64_t passes = e->s->layer_passes;
-    e->separate_passes += e->store->entries[e->tree.entry[i]].schedule.n_slots;
-    if (e->prefilling) return;
-    if (e->t->kind->output == GENERATES) {
-        generate_at_leaf(e, i);
-        e->separate_passes += e->s->layer_passes - passes;
-        return;
-    }
-    if (e->t->kind->output == SCORES) score_requests(e);
-    else classify_requests(e, i);
-    keep_range(e, i, e->first, e->last);
-}
-
-static bool schedule_active(const Evaluation *e, int i) {
-    const Entry *entry = &e->store->entries[e->tree.entry[i]];
-    if (e->prefilling || e->features) return true;
-    for (int64_t r = e->first; r < e->last; r++) {
-        if (!entry->state[e->task][e->t->requests[r].item]) return true;
-    }
-    return false;
-}
-
-// Walks the tree depth first from a node whose output is s->x. At a fork the rows are saved, and
-// the child that will itself need most saves comes last, in this same loop: so few states are ever
-// kept, and a schedule of a million steps is no deep recursion.
-static void walk(Evaluation *e, int at) {
-    Session *s = e->s;
-    size_t bytes = (size_t)(s->batch.n_rows * s->model->dim) * sizeof *s->x;
-    for (;;) {
-        const Node *node = &e->tree.nodes[at];
-        // Generation works in s->x, which children and other schedules that end here still need.
-        bool spoils = e->t->kind->output == GENERATES && node->ends >= 0 && !e->prefilling;
-        int left = 0, last = -1;
-        stop_if_interrupted(e);
-        for (int c = node->child; c >= 0; c = e->tree.nodes[c].sibling) {
-            if (!e->tree.nodes[c].active) continue;
-            left++;
-            if (last < 0 || c == node->heavy) last = c;
-        }
-        float *saved = NULL;
-        if (left > 1 || (spoils && (left || e->tree.next[node->ends] >= 0))) {
-            saved = allocate(s->batch.n_rows * s->model->dim, sizeof *saved, "states at a fork");
-            memcpy(saved, s->x, bytes);
-        }
-        for (int i = node->ends; i >= 0; i = e->tree.next[i]) {
-            if (!schedule_active(e, i)) continue;
-            leaf(e, i);
-            if (saved) memcpy(s->x, saved, bytes);
-        }
-        for (int c = node->child; c >= 0; c = e->tree.nodes[c].sibling) {
-            if (!e->tree.nodes[c].active || c == last) continue;
-            run_step(s, e->tree.nodes[c].layers, e->tree.nodes[c].n, e->tree.nodes[c].place);
-            walk(e, c);
-            memcpy(s->x, saved, bytes);
-        }
-        release(saved);
-        if (last < 0) return;
-        run_step(s, e->tree.nodes[last].layers, e->tree.nodes[last].n, e->tree.nodes[last].place);
-        at = last;
-    }
-}
-
-// Runs the rows of the batch through every schedule that is not done with them.
-static void walk_batch(Evaluation *e) {
-    for (int64_t i = 0; i < e->tree.n_nodes; i++) e->tree.nodes[i].active = false;
-    bool any = false;
-    for (int i = 0; i < e->tree.n; i++) {
-        if (!schedule_active(e, i)) continue;
-        any = true;
-        for (int at = e->tree.node[i]; at >= 0 && !e->tree.nodes[at].active;) {
-            e->tree.nodes[at].active = true;
-            at = e->tree.nodes[at].parent;
+        forward(s, &x->schedule);
+        batch_commit(s);
+        e->separate_passes += x->schedule.n_slots;
+        score_rows(s, text, n);
+        for (int64_t k = n - 1; k >= 0; k--) {
+            Target ended = text[k];
+            if (!take_token(e, &text[k])) continue;
+            keep_answers(e, x, ended.request - t->requests, ended.request - t->requests + 1);
+            text[k] = text[--n];
+            text[n] = ended;
         }
     }
-    if (!any) return;
-    embed(e->s);
-    walk(e, 0);
+    release(text);
 }
 
-static int64_t common_beginning(const Task *t, const Request *a, const Request *b, int64_t most) {
-    int64_t n = 0;
-    while (n < most && n < b->n && t->pool.id[a->first + n] == t->pool.id[b->first + n]) n++;
-    return n;
-}
-
-// Few-shot text that all requests begin with is computed once and stays, as the parent of all
-// others, unless its keys and values under all schedules are too many: then every batch has it.
-static void find_prefix(Evaluation *e) {
-    Session *s = e->s;
-    const Task *t = e->t;
-    const Request *r = t->requests;
-    e->prefix = 0;
-    e->prefix_kept = false;
-    session_reset(s, 0);
-    if (s->model->arch == BERT || s->kv_mean || t->kind->adds || t->n_requests < 2) return;
-    int64_t n = r[0].n, row = s->model->n_kv_heads * (s->model->head_dim + value_stride(s->model));
+// Few-shot text: the tokens that all requests begin with, before the first row that is scored.
+static int64_t common_prefix(const Session *s, const Task *t) {
+    if (s->model->arch == BERT || s->kv_mean || t->kind->adds || !t->n_requests) return 0;
+    int64_t n = common_tokens(t, t->requests, t->n_requests);
     for (int64_t i = 0; i < t->n_requests; i++) {
-        n = common_beginning(t, r, &r[i], n < r[i].row ? n : r[i].row);
+        if (t->requests[i].row < n) n = t->requests[i].row;
     }
-    if (n < 16 || r[0].item == r[t->n_requests - 1].item) return;
-    e->prefix = n;
-    double bytes = 4.0 * (double)row * (double)n * (double)e->tree.n_slots;
-    e->prefix_kept = e->tree.n == 1 || bytes < CACHE_MEGABYTES * 1e6;
-    if (!e->prefix_kept) return;
-    int q = sequence_new(s, -1, n, e->tree.n_slots);
-    s->sequences[q].by_node = true;
-    add_rows(e, r, q, 0, n);
-    e->prefilling = true;
-    walk_batch(e);
-    e->prefilling = false;
-    batch_commit(s);
+    return n < 16 ? 0 : n;
 }
 
-// Fills the batch with requests from `from` on, whole items at a time, until it has its tokens.
-// What the requests of an item have in common is a sequence of its own, with them as its children.
-static void open_batch(Evaluation *e, int64_t from) {
-    Session *s = e->s;
-    Task *t = e->t;
-    Request *r = t->requests;
-    int64_t slots = t->kind->output == GENERATES ? e->n_slots : 1, to = from, cached = 0;
-    int prefix = e->prefix_kept ? 0 : -1;
-    session_reset(s, e->prefix_kept);
-    if (e->prefix && !e->prefix_kept) {
-        prefix = sequence_new(s, -1, e->prefix, slots);
-        add_rows(e, &r[from], prefix, 0, e->prefix);
-    }
-    while (to < t->n_requests) {
-        int64_t end = to + 1, shared = r[to].n, rows = 0;
-        while (end < t->n_requests && !t->kind->adds && r[end].item == r[to].item) end++;
-        for (int64_t i = to; i < end; i++) shared = common_beginning(t, &r[to], &r[i], shared);
-        if (end == to + 1) shared = e->prefix;
-        for (int64_t i = to; i < end; i++) {
-            rows += r[i].n - shared;
-            cached += rows_needed(e, &r[i]);
-        }
-        if (to > from && (s->batch.n_rows + shared - e->prefix + rows > e->batch_tokens ||
-                          (slots > 1 && cache_full(e, cached)))) break;
-        int parent = prefix;
-        int64_t parent_row = s->batch.n_rows - e->prefix;
-        if (shared > e->prefix) {
-            parent = sequence_new(s, prefix, shared - e->prefix, slots);
-            add_rows(e, &r[to], parent, e->prefix, shared);
-        }
-        for (; to < end; to++) {
-            r[to].shared = shared;
-            r[to].parent_row = parent_row;
-            r[to].own_row = s->batch.n_rows;
-            if (r[to].n == shared) continue;
-            int64_t capacity = slots > 1 ? rows_needed(e, &r[to]) : r[to].n - shared;
-            r[to].sequence = sequence_new(s, parent, capacity, slots);
-            add_rows(e, &r[to], r[to].sequence, shared, r[to].n);
-        }
-    }
-    e->first = from;
-    e->last = to;
-}
-
-// Makes the requests of the items that this run is to answer and that are not answered yet.
-static void ask_items(Evaluation *e, int64_t limit, int64_t shard, int64_t n_shards) {
-    Task *t = e->t;
-    t->n_requests = t->pool.n = 0;
-    e->answers_due = 0;
-    for (int64_t item = 0; item < t->n_items; item++) {
-        int due = 0;
-        if ((limit >= 0 && item >= limit) || item % n_shards != shard - 1) continue;
-        for (int i = 0; i < e->tree.n; i++) {
-            due += e->features || !e->store->entries[e->tree.entry[i]].state[e->task][item];
-        }
-        if (!due) continue;
-        t->kind->ask(t, e->s->model, e->bos, item);
-        e->answers_due += due;
-    }
-}
-
-// Answers all requests of the task under all schedules of the tree.
+// Answers what is due of the task under the schedules of the walk.
 static void run_requests(Evaluation *e) {
-    e->n_slots = 1;
-    for (int64_t i = 1; i < e->tree.n_nodes; i++) {
-        int64_t end = e->tree.nodes[i].place.slot + step_slots(e->s, e->tree.nodes[i].n);
-        if (end > e->n_slots) e->n_slots = end;
+    Task *t = e->t;
+    while (t->n_requests) release(t->requests[--t->n_requests].text.s);
+    t->pool.n = 0;
+    for (int64_t item = 0; item < t->n_items; item++) {
+        bool any = false;
+        for (int64_t k = 0; k < e->n && !any; k++) any = due(e, e->entry[k], item);
+        if (any) t->kind->ask(t, e->s->model, e->w->bos, item);
     }
-    e->answers = 0;
-    e->started = seconds();
-    e->partial = allocate((int64_t)e->tree.n * e->t->kind->width, sizeof(double), "results");
-    find_prefix(e);
-    if (e->t->kind->output == GENERATES && e->tree.n == 1) {
-        int64_t passes = e->s->layer_passes;
-        generate(e, 0, 0, e->t->n_requests, true);
-        e->separate_passes += e->s->layer_passes - passes;
-    } else {
-        for (int64_t from = 0; from < e->t->n_requests; from = e->last) {
-            open_batch(e, from);
-            walk_batch(e);
-        }
+    e->prefix = common_prefix(e->s, t);
+    e->prefix_kept = false;
+    if (e->prefix && e->n == 1) {       // under many schedules its keys and values do not fit
+        open_batch(e, t->n_requests);   // no request, the prefix alone
+        walk(e);
+        batch_commit(e->s);
+        e->prefix_kept = true;
     }
-    session_reset(e->s, 0);
-    release(e->partial);
-    e->partial = NULL;
+    if (t->kind->output == GENERATES) generate(e);
+    for (int64_t from = 0; from < t->n_requests && t->kind->output != GENERATES; from = e->last) {
+        open_batch(e, from);
+        walk(e);
+    }
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -4982,121 +4737,94 @@ static void report_figures(const char *where, const Row *rows, int64_t n) {
 // 11. Runs: --eval, --probe, --sweep, --report, --cosine
 // ------------------------------------------------------------------------------------------------
 
-// What a run is asked for; the command line fills it in.
-typedef struct {
-    const char **evals, **reports, *probe, *sweep, *head, *out, *log, *svg;
-    int64_t n_evals, n_reports, limit, batch_tokens, shard, n_shards;
-    double strength;
-    bool bos;
-} Wanted;
-
 // Adds the schedules of one --sweep word: all starts of a method (random:SEEDS, loop:R or
 // loop:R1-R2), or path:FILE with one path a line.
 static void sweep_word(Store *st, const char *word) {
-    size_t n = strcspn(word, ":");
-    const char *argument = word[n] ? word + n + 1 : NULL;
-    int T = st->layers;
-    if (n == 4 && !strncmp(word, "path", 4) && argument) {
-        int64_t bytes, number = 1;
-        char *text = read_file(argument, &bytes), *at = text, place[4200];
-        for (char *stop; *at; at = stop, number++) {
-            stop = at + strcspn(at, "\r\n");
-            if (*stop == '\r') *stop++ = 0;
-            if (*stop == '\n') *stop++ = 0;
-            snprintf(place, sizeof place, "%s: line %lld", argument, (long long)number);
-            store_schedule(st, schedule_parse(at, T, place), true);
+    size_t length = strcspn(word, ":");
+    const char *argument = word[length] ? word + length + 1 : NULL;
+    const Intervention *v = intervention_named(word, length);
+    int n;
+    if (argument && !strncmp(word, "path:", 5)) {
+        int64_t bytes;
+        char **line = split(read_file(argument, &bytes), '\n', &n);
+        for (int i = 0; i < n && (*line[i] || i + 1 < n); i++) {
+            Text place = {0};
+            text_printf(&place, "%s: line %d", argument, i + 1);
+            line[i][strcspn(line[i], "\r")] = 0;
+            store_schedule(st, schedule_parse(line[i], st->layers, place.s));
         }
-        release(text);
         return;
     }
-    const Intervention *v = intervention_named(word, n);
     if (!v) die("--sweep: \"%s\" is no method; use skip, repeat, ..., or path:FILE", word);
-    int64_t low = v->standard, high = v->standard;
+    int64_t low = v->standard, high = low;
     if (v->argument_flag) {
         bool seeds = !strcmp(v->argument_flag, "seed");
-        char *copy = copy_string(argument ? argument : seeds ? "10" : "3"), *dash = strchr(copy, '-');
-        if (dash && !seeds) *dash++ = 0;
-        if (!parse_int(copy, 1, 100000, &low) ||
-            (dash && !parse_int(dash, low, 100000, &high))) {
-            die("--sweep: \"%s\": expected %s", word,
-                seeds ? "random:SEEDS, from 1" : "loop:R or loop:R1-R2, from 1");
+        char **end = split(copy_string(argument ? argument : seeds ? "10" : "3"), '-', &n);
+        if (n > (seeds ? 1 : 2) || !parse_int(end[0], 1, 100000, &low) ||
+            !parse_int(end[n - 1], low, 100000, &high)) {
+            die("--sweep: \"%s\": expected random:SEEDS, loop:R or loop:R1-R2, from 1", word);
         }
-        if (!dash) high = low;
-        if (seeds) high = low - 1, low = 0;
-        release(copy);
+        if (seeds) low = 0, high--;
     } else if (argument) {
         die("--sweep: \"%s\": %s takes no argument", word, v->name);
     }
-    for (int64_t start = 0; start <= largest_start(v, T); start++) {
+    for (int64_t start = 0; start <= largest_start(v, st->layers); start++) {
         for (int64_t a = low; a <= high; a++) {
-            store_schedule(st, schedule_build(v, T, start, a), true);
+            store_schedule(st, schedule_build(v, st->layers, start, a));
         }
     }
 }
 
 // The baseline and all schedules of a --sweep list.
 static void sweep_schedules(Store *st, const char *sweep) {
-    char *list = copy_string(sweep), *at = list;
-    store_schedule(st, schedule_build(NULL, st->layers, -1, -1), true);
-    for (char *stop; *at; at = stop) {
-        stop = at + strcspn(at, ",");
-        if (*stop) *stop++ = 0;
-        sweep_word(st, at);
-    }
-    release(list);
+    int n;
+    char **word = split(copy_string(sweep), ',', &n);
+    store_schedule(st, schedule_build(NULL, st->layers, -1, -1));
+    for (int i = 0; i < n; i++) sweep_word(st, word[i]);
 }
 
 // --sweep LIST --show: the schedules, one a line, and how much of their work is shared.
-static void show_sweep(Session *s, const char *sweep, int T) {
+static void show_sweep(const char *sweep, int T) {
     Store st = {.layers = T};
-    Tree tree;
-    int64_t shared = 0, separate = 0;
+    int64_t separate = 0;
     sweep_schedules(&st, sweep);
-    int64_t *entry = allocate(st.n_entries, sizeof *entry, "schedules");
+    Entry **entry = allocate(st.n_entries, sizeof *entry, "schedules");
     for (int64_t i = 0; i < st.n_entries; i++) {
-        entry[i] = i;
-        separate += st.entries[i].schedule.n_slots;
-        puts(st.entries[i].text);
+        entry[i] = &st.entries[i];
+        separate += entry[i]->schedule.n_slots;
+        puts(entry[i]->text);
     }
-    tree_build(&tree, s, &st, entry, (int)st.n_entries);
-    for (int64_t i = 1; i < tree.n_nodes; i++) shared += tree.nodes[i].n;
+    int64_t shared = plan_walk(entry, st.n_entries);
     warn("%lld schedules: %lld layer passes, %lld for a run of its own each: %.2f times less",
          (long long)st.n_entries, (long long)shared, (long long)separate,
          (double)separate / (double)shared);
-    tree_free(&tree);
-    release(entry);
 }
 
-// The order of a classifier's outputs in terms of the task's labels, by name. Where the names do
-// not tell (LABEL_0, ...), the order is taken as it is, and that is said.
+// Finds the classifier of a task, and the task's label of each of its outputs, by name. Where the
+// names do not tell (LABEL_0, ...), the order is taken as it is, and that is said.
 static void match_labels(Task *t, const Model *m, const char *wanted) {
     const char *name = wanted ? wanted : t->head;
-    t->classifier = NULL;
+    const Head *h = NULL;
     for (int i = 0; i < m->n_heads_named; i++) {
-        if (name ? !strcmp(m->heads[i].name, name) : m->n_heads_named == 1) {
-            t->classifier = &m->heads[i];
-        }
+        if (name ? !strcmp(m->heads[i].name, name) : m->n_heads_named == 1) h = &m->heads[i];
     }
-    const Head *h = t->classifier;
     if (!h) {
-        die("%s: %s%s; name one with --head, or fit one with --probe (see --info)", m->path,
-            name ? "has no classifier called " : "which classifier is meant, of its number ",
-            name ? name : m->n_heads_named ? "of several" : "0");
+        die("%s: has %d classifiers%s%s; name one with --head, or use --probe", m->path,
+            m->n_heads_named, name ? ", none called " : "", name ? name : "");
     }
     bool regress = !strcmp(t->kind->name, "regress");
-    if (regress != h->regression || (!regress && h->n_labels != t->n_labels)) {
+    if (regress != h->regression || n_outputs(t) != h->n_labels) {
         die("%s: task %s has %d labels and classifier %s %d outputs; choose another with --head",
-            t->path, t->name, regress ? 1 : t->n_labels, h->name, h->n_labels);
+            t->path, t->name, n_outputs(t), h->name, h->n_labels);
     }
-    release(t->label_of);
-    t->label_of = allocate(h->n_labels, sizeof *t->label_of, "labels");
     int known = 0;
+    t->classifier = h;
+    t->label_of = allocate(h->n_labels, sizeof *t->label_of, "labels");
     for (int i = 0; i < h->n_labels && !regress; i++) {
-        for (int j = 0; j < t->n_labels; j++) {
-            if (strcmp(h->labels[i], t->labels[j])) continue;
-            t->label_of[i] = j;
-            known++;
-        }
+        int j = 0;
+        while (j < t->n_labels && strcmp(h->labels[i], t->labels[j])) j++;
+        t->label_of[i] = j;
+        known += j < t->n_labels;
     }
     if (regress || known == h->n_labels) return;
     for (int i = 0; i < h->n_labels; i++) t->label_of[i] = i;
@@ -5107,30 +4835,25 @@ static void match_labels(Task *t, const Model *m, const char *wanted) {
 // Checks that the model can do the task at all.
 static void check_task(const Task *t, const Model *m, bool probe) {
     const Kind *k = t->kind;
+    bool bert = m->arch == BERT, classifies = k->output == CLASSIFIES;
     need_tokenizer(m);
     if (k->arch && k->arch != m->arch) {
         die("%s: a task of kind %s is for %s; %s is another model", t->path, k->name,
             k->arch == LLAMA ? "Llama" : "BERT", m->path);
     }
-    if (m->arch == BERT && (m->bos < 0 || m->eos < 0)) {
-        die("%s: has no [CLS] or [SEP] token; export it again with its vocabulary", m->path);
-    }
-    if (k->output == SCORES && m->arch == BERT && (!m->has_mlm || m->mask < 0)) {
-        die("%s: has no masked-LM head, which kind text needs; export a checkpoint with one",
-            m->path);
-    }
-    if (k->output == CLASSIFIES && !m->has_pooler) {
-        die("%s: has no pooler, which kind %s needs; export a checkpoint with one", m->path,
+    const char *missing = NULL;
+    if (bert && (m->bos < 0 || m->eos < 0)) missing = "[CLS] or [SEP] token";
+    else if (bert && !classifies && (!m->has_mlm || m->mask < 0)) missing = "masked-LM head";
+    else if (classifies && !m->has_pooler) missing = "pooler";
+    if (missing) {
+        die("%s: has no %s, which kind %s needs; export a checkpoint with one", m->path, missing,
             k->name);
     }
-    if (probe && k->output != CLASSIFIES) {
-        die("%s: --probe is for tasks of kind classify and regress", t->path);
-    }
-    for (int64_t i = 0; i < t->n_items && k->output == CLASSIFIES; i++) {
-        if (t->items[i].n_fields > 2 && m->n_segments < 2) {
-            die("%s: line %lld: two texts, but %s knows one segment only", t->path,
-                (long long)t->items[i].line, m->path);
-        }
+    if (probe && !classifies) die("%s: --probe is for kinds classify and regress", t->path);
+    for (int64_t i = 0; i < t->n_items && classifies && m->n_segments < 2; i++) {
+        if (t->items[i].n_fields < 3) continue;
+        die("%s: line %lld: two texts, but %s knows one segment", t->path,
+            (long long)t->items[i].line, m->path);
     }
 }
 
@@ -5138,19 +4861,17 @@ static void check_task(const Task *t, const Model *m, bool probe) {
 static Row *store_rows(const Store *st, int64_t *n_rows) {
     Row *rows = NULL;
     int64_t capacity = 0;
-    *n_rows = 0;
-    for (int k = 0; k < st->n_tasks; k++) {
+    for (int k = 0; k < st->n_wanted_tasks; k++) {
         const Task *t = st->tasks[k];
-        int width = t->kind->width;
-        double *kept = allocate(t->n_items * width, sizeof *kept, "results");
-        for (int64_t i = 0; i < st->n_entries && st->wanted_task[k]; i++) {
-            const Entry *e = &st->entries[i];
+        int64_t width = t->kind->width;
+        double *values = allocate(t->n_items * width, sizeof *values, "results");
+        for (const Entry *e = st->entries; e < st->entries + st->n_wanted; e++) {
             int64_t n = 0, cut = 0;
-            if (!e->wanted || !e->kept[k]) continue;
-            for (int64_t item = 0; item < t->n_items; item++) {
-                if (e->state[k][item] == MISSING) continue;
-                memcpy(kept + n++ * width, e->kept[k] + item * width, (size_t)width * sizeof *kept);
-                cut += e->state[k][item] == DONE_CUT;
+            for (int64_t item = 0; item < t->n_items && e->kept[k]; item++) {
+                const double *kept = e->kept[k] + item * (1 + width);
+                if (kept[0] == MISSING) continue;
+                memcpy(values + n++ * width, kept + 1, (size_t)width * sizeof *kept);
+                cut += kept[0] == DONE_CUT;
             }
             for (int j = 0; j < t->n_metrics && n; j++) {
                 rows = grow(rows, &capacity, *n_rows + 1, sizeof *rows, "results");
@@ -5160,10 +4881,10 @@ static Row *store_rows(const Store *st, int64_t *n_rows) {
                            .arg = e->schedule.argument, .schedule = e->text, .layers = st->layers,
                            .n = n, .cut = cut, .chance = t->chance, .bos = st->bos,
                            .family = st->family};
-                r->value = metric_value(t->metrics[j], kept, n, width, &r->error);
+                r->value = metric_value(t->metrics[j], values, n, (int)width, &r->error);
             }
         }
-        release(kept);
+        release(values);
     }
     return rows;
 }
@@ -5171,270 +4892,219 @@ static Row *store_rows(const Store *st, int64_t *n_rows) {
 // Everything that is printed and drawn of results: a table, and where many schedules were run, the
 // summary and charts.
 static void show_results(const Store *st, const char *svg) {
-    int64_t n;
+    int64_t n = 0;
     Row *rows = store_rows(st, &n);
     if (!n) die("no results to show");
     report_table(stdout, rows, n);
-    if (st->n_entries > 1) {
+    if (st->n_wanted > 1) {
         report_summary(stdout, rows, n);
         report_chart(stdout, rows, n);
     }
     if (svg) report_figures(svg, rows, n);
-    release(rows);
 }
 
 // --report FILE ...: tables and figures of finished results, no model needed.
 static void report_files(const Wanted *w) {
     Store st = {0};
     for (int64_t i = 0; i < w->n_reports; i++) store_read(&st, w->reports[i]);
-    for (int64_t i = 0; i < st.n_entries; i++) st.entries[i].wanted = true;
-    for (int k = 0; k < st.n_tasks; k++) st.wanted_task[k] = true;
+    st.n_wanted = st.n_entries;
+    st.n_wanted_tasks = st.n_tasks;
     show_results(&st, w->svg);
 }
 
-static void open_log(Evaluation *e, const char *path) {
-    e->log = fopen(path, "w");
-    if (!e->log) die("%s: cannot be written: %s; choose another place", path, strerror(errno));
-    fputs("#task\tschedule\titem\tcut\tkept values\tscores or text\n", e->log);
-}
-
-// --probe: pools the features of the train items under the schedules of the tree, fits a
-// classifier on each, and answers the dev items with them.
-static void run_probe(Evaluation *e, Task *train, Task *dev, const Wanted *w) {
-    const Model *m = e->s->model;
-    bool regress = !strcmp(dev->kind->name, "regress");
-    int n = e->tree.n, outputs = regress ? 1 : dev->n_labels;
+// --probe: pools the features of the train items under the schedules of the walk, and fits a
+// classifier on each.
+static void fit_probes(Evaluation *e, Task *train) {
+    int64_t d = e->s->model->dim;
+    int outputs = n_outputs(train);
     double *gold = allocate(train->n_items, sizeof *gold, "labels");
     for (int64_t i = 0; i < train->n_items; i++) gold[i] = gold_of(train, i);
-    e->features = allocate(n, sizeof *e->features, "pooled features");
-    e->weights = allocate(n, sizeof *e->weights, "probes");
-    for (int i = 0; i < n; i++) {
-        e->features[i] = allocate(train->n_items * m->dim, sizeof(float), "pooled features");
+    for (int64_t k = 0; k < e->n; k++) {
+        e->entry[k]->features = allocate(train->n_items * d, sizeof(float), "pooled features");
     }
     e->t = train;
-    ask_items(e, -1, 1, 1);
+    e->pooling = true;
     run_requests(e);
-    double started = seconds();
-    for (int i = 0; i < n; i++) {
-        e->weights[i] = allocate(outputs * ((int64_t)m->dim + 1), sizeof(double), "probes");
-        probe_fit(e->features[i], gold, train->n_items, m->dim, outputs, w->strength,
-                  e->weights[i]);
-        release(e->features[i]);
-        progress("fitting", i + 1, n, started);
+    e->pooling = false;
+    for (int64_t k = 0; k < e->n; k++) {
+        Entry *x = e->entry[k];
+        x->weights = allocate(outputs * (d + 1), sizeof *x->weights, "probes");
+        probe_fit(x->features, gold, train->n_items, d, outputs, e->w->strength, x->weights);
+        release(x->features);
         stop_if_interrupted(e);
     }
-    release(e->features);
-    e->features = NULL;
-    e->n_outputs = outputs;
-    e->t = dev;
-    ask_items(e, w->limit, w->shard, w->n_shards);
-    run_requests(e);
-    for (int i = 0; i < n; i++) release(e->weights[i]);
-    release(e->weights);
-    e->weights = NULL;
     release(gold);
 }
 
-// Features of so many train items under so many schedules are held at a time.
-enum { FEATURE_MEGABYTES = 1024 };
+enum { MOST_FEATURES = 256000000 };     // of train items under schedules held at a time: a gigabyte
 
-// Runs one task under all wanted schedules that are not done with it.
-static void run_task(Evaluation *e, const Wanted *w, Task *train) {
-    Store *st = e->store;
-    Task *t = st->tasks[e->task];
-    int64_t *entry = allocate(st->n_entries, sizeof *entry, "schedules"), n = 0, group;
-    for (int64_t i = 0; i < st->n_entries; i++) {
-        Entry *x = &st->entries[i];
-        if (!x->wanted) continue;
-        entry_room(x, st, e->task);
-        for (int64_t item = w->shard - 1; item < t->n_items; item += w->n_shards) {
-            if ((w->limit >= 0 && item >= w->limit) || x->state[e->task][item]) continue;
-            entry[n++] = i;
-            break;
+// Runs all tasks under all wanted schedules that are not done with them.
+static void run_tasks(Evaluation *e, Task *train) {
+    Store *st = &e->store;
+    Entry **entry = allocate(st->n_wanted, sizeof *entry, "schedules");
+    e->started = seconds();
+    for (int pass = 0; pass < 2; pass++) {          // the first one only counts
+        for (e->task = 0; e->task < st->n_wanted_tasks; e->task++) {
+            Task *t = e->t = st->tasks[e->task];
+            int64_t n = 0, group = t->kind->output == GENERATES ? 1 : st->n_wanted;
+            for (Entry *x = st->entries; x < st->entries + st->n_wanted; x++) {
+                int64_t left = 0;
+                for (int64_t item = 0; item < t->n_items; item++) left += due(e, x, item);
+                if (left) entry[n++] = x;
+                if (left && pass == 0) e->answers_due += left + (train ? train->n_items : 0);
+            }
+            plan_walk(entry, n);
+            if (train) group = MOST_FEATURES / e->s->model->dim / train->n_items;
+            if (group < 1) group = 1;
+            for (int64_t from = 0; from < n && pass; from += group) {
+                e->entry = entry + from;
+                e->n = n - from < group ? n - from : group;
+                plan_walk(e->entry, e->n);
+                if (train) fit_probes(e, train);
+                e->t = t;
+                run_requests(e);
+            }
         }
     }
-    group = n;
-    if (train) {
-        double each = 4.0 * (double)train->n_items * e->s->model->dim;
-        group = (int64_t)(FEATURE_MEGABYTES * 1e6 / each);
-        if (group < 1) group = 1;
-    }
-    for (int64_t from = 0; from < n; from += group) {
-        int count = (int)(n - from < group ? n - from : group);
-        tree_build(&e->tree, e->s, st, entry + from, count);
-        e->t = t;
-        if (train) {
-            run_probe(e, train, t, w);
-        } else {
-            ask_items(e, w->limit, w->shard, w->n_shards);
-            run_requests(e);
-        }
-        tree_free(&e->tree);
-    }
-    release(entry);
 }
 
 // --eval: all tasks under one schedule, or under those of a sweep.
 static void evaluate(Session *s, const Wanted *w, Schedule schedule) {
     const Model *m = s->model;
-    Store st = {.layers = m->n_layers};
-    Evaluation e = {.s = s, .store = &st, .bos = w->bos, .batch_tokens = w->batch_tokens};
+    Evaluation e = {.s = s, .w = w, .store = {.layers = m->n_layers}};
+    Store *st = &e.store;
     Task *train = w->probe ? task_load(w->probe) : NULL;
     Text id = {0};
-    snprintf(st.family, sizeof st.family, "%s", m->arch == LLAMA ? "llama" : "bert");
-    snprintf(st.bos, sizeof st.bos, "%s", m->arch == BERT ? "-" : w->bos ? "bos" : "no-bos");
     text_printf(&id, "#painters-results\t1\tmodel=%016llx\tfamily=%s\tlayers=%d\tbos=%s\tkv=%s\t"
-                "head=%s", w->out ? (unsigned long long)hash_bytes(m->file, m->bytes) : 0,
-                st.family, m->n_layers, st.bos, s->kv_mean ? "mean" : "exact",
-                w->head ? w->head : "-");
-    st.identity = id.s;
+                "head=%s\tprobe=%016llx\tstrength=%g",
+                w->out ? (unsigned long long)hash_bytes(m->file, m->bytes) : 0,
+                m->arch == LLAMA ? "llama" : "bert", m->n_layers,
+                m->arch == BERT ? "-" : w->bos ? "bos" : "no-bos", s->kv_mean ? "mean" : "exact",
+                w->head ? w->head : "-", (unsigned long long)(train ? train->hash : 0),
+                train ? w->strength : 0);
+    store_identity(st, id.s);
+    if (train) check_task(train, m, true);
     for (int64_t i = 0; i < w->n_evals; i++) {
         Task *t = task_load(w->evals[i]);
         check_task(t, m, train != NULL);
-        if (m->arch == BERT && t->kind->output == CLASSIFIES && !train) {
-            match_labels(t, m, w->head);
-        }
         if (train && (train->kind != t->kind || train->n_labels != t->n_labels)) {
             die("%s: its kind or labels are not those of %s", t->path, train->path);
         }
-        if (train) {                            // results of a probe belong to its train items too
-            Text probe = {0};
-            text_printf(&probe, "%s\tprobe=%016llx\tstrength=%g", t->identity,
-                        (unsigned long long)train->hash, w->strength);
-            release(t->identity);
-            t->identity = probe.s;
-        }
-        if (store_task(&st, t, true) < i) die("%s: task %s is given twice", t->path, t->name);
+        if (!train && t->kind->output == CLASSIFIES) match_labels(t, m, w->head);
+        store_task(st, t);
+        if (st->n_tasks == i) die("%s: task %s is given twice", t->path, t->name);
     }
-    if (train) check_task(train, m, true);
-    if (w->sweep) {
-        sweep_schedules(&st, w->sweep);
-    } else {
-        store_schedule(&st, schedule, true);
+    if (w->sweep) sweep_schedules(st, w->sweep);
+    else store_schedule(st, schedule);
+    st->n_wanted = st->n_entries;
+    st->n_wanted_tasks = st->n_tasks;
+    if (w->out) store_open(st, w->out);
+    if (w->log) {
+        e.log = open_written(w->log, "w");
+        fputs("#task\tschedule\titem\tstate (2: cut)\tkept values\tscores or text\n", e.log);
     }
-    if (w->out) store_open(&st, w->out);
-    if (w->log) open_log(&e, w->log);
     signal(SIGINT, on_interrupt);
     signal(SIGTERM, on_interrupt);
-    for (e.task = 0; e.task < (int)w->n_evals; e.task++) run_task(&e, w, train);
-    if (st.out) close_written(st.out, st.path);
+    run_tasks(&e, train);
+    if (st->out) close_written(st->out, st->path);
     if (e.log) close_written(e.log, w->log);
     if (w->sweep && s->layer_passes) {
         warn("layer passes: %lld run, %lld for a run of its own per schedule: %.2f times less",
              (long long)s->layer_passes, (long long)e.separate_passes,
              (double)e.separate_passes / (double)s->layer_passes);
     }
-    show_results(&st, w->svg);
+    show_results(st, w->svg);
 }
 
 // The listener of --cosine: keeps the states between steps, one copy of the rows each.
-typedef struct { float **state; int64_t n, capacity; } States;
-
 static void keep_state(Session *s, void *data) {
-    States *st = data;
+    float **at = data;
     int64_t size = s->batch.n_rows * s->model->dim;
-    st->state = grow(st->state, &st->capacity, st->n + 1, sizeof *st->state, "hidden states");
-    st->state[st->n] = allocate(size, sizeof(float), "hidden states");
-    memcpy(st->state[st->n++], s->x, (size_t)size * sizeof(float));
+    memcpy(*at, s->x, (size_t)size * sizeof **at);
+    *at += size;
 }
 
 // Cosine similarity of every pair of hidden states of one sequence, flattened over its positions,
 // added to sum [n][n].
-static void add_cosines(Session *s, const Schedule *schedule, const Task *t, const Request *r,
+static void add_cosines(Session *s, const Schedule *schedule, const Task *t, Request r,
                         double *sum, int64_t n) {
-    const Model *m = s->model;
-    States states = {0};
+    int64_t size = r.n * s->model->dim;
+    float *state = allocate(n * size, sizeof *state, "hidden states"), *at = state;
+    r.mask_at = -1;
     s->listener = keep_state;
-    s->listener_data = &states;
+    s->listener_data = &at;
     session_reset(s, 0);
-    int q = sequence_new(s, -1, r->n, 1);
-    for (int64_t j = 0; j < r->n; j++) {
-        batch_add(s, q, t->pool.id[r->first + j], m->arch == BERT && j >= r->segment_from);
-    }
+    add_rows(s, t, &r, sequence_new(s, -1, r.n, 1), 0, r.n);
     forward(s, schedule);
     s->listener = NULL;
-    int64_t size = r->n * m->dim;
-    double *dot = allocate(n * n, sizeof *dot, "similarities");
-    #pragma omp parallel for schedule(dynamic)
-    for (int64_t i = 0; i < n; i++) {
-        for (int64_t j = 0; j <= i; j++) {
-            double total = 0;
-            for (int64_t k = 0; k < size; k++) {
-                total += (double)states.state[i][k] * (double)states.state[j][k];
-            }
-            dot[i * n + j] = total;
+    #pragma omp parallel for
+    for (int64_t pair = 0; pair < n * n; pair++) {
+        const float *a = state + pair / n * size, *b = state + pair % n * size;
+        double aa = 0, ab = 0, bb = 0;
+        for (int64_t k = 0; k < size; k++) {
+            aa += (double)a[k] * (double)a[k];
+            ab += (double)a[k] * (double)b[k];
+            bb += (double)b[k] * (double)b[k];
         }
+        sum[pair] += ab / sqrt(aa * bb);
     }
-    for (int64_t i = 0; i < n; i++) {
-        for (int64_t j = 0; j <= i; j++) {
-            double cosine = dot[i * n + j] / sqrt(dot[i * n + i] * dot[j * n + j]);
-            sum[i * n + j] += cosine;
-            if (i != j) sum[j * n + i] += cosine;
+    release(state);
+}
+
+// The sequences of a task file, or the one of a prompt, for --cosine.
+static Task *cosine_task(const Model *m, const Wanted *w, const char *path, const char *prompt) {
+    if (path) {
+        Task *t = task_load(path);
+        check_task(t, m, false);
+        for (int64_t i = 0; i < t->n_items && (w->limit < 0 || i < w->limit); i++) {
+            t->kind->ask(t, m, w->bos, i);
         }
+        return t;
     }
-    for (int64_t i = 0; i < n; i++) release(states.state[i]);
-    release(states.state);
-    release(dot);
+    Task *t = allocate(1, sizeof *t, "task");
+    Request *r = new_request(t, 0);
+    if ((m->arch == BERT || w->bos) && m->bos >= 0) ids_push(&t->pool, m->bos);
+    encode(need_tokenizer(m), prompt, (int64_t)strlen(prompt), &t->pool);
+    if (m->arch == BERT && m->eos >= 0) ids_push(&t->pool, m->eos);
+    r->n = r->segment_from = t->pool.n;
+    if (!r->n) die("--prompt: no tokens; give some text");
+    return t;
 }
 
 // --cosine: the paper's similarity matrix, averaged over a task's sequences or of one prompt, one
 // sequence in memory at a time.
 static void cosine(Session *s, const Wanted *w, const Schedule *schedule, const char *path,
                    const char *prompt) {
-    const Model *m = s->model;
-    Task *t;
-    if (path) {
-        t = task_load(path);
-        check_task(t, m, false);
-        for (int64_t i = 0; i < t->n_items && (w->limit < 0 || i < w->limit); i++) {
-            t->kind->ask(t, m, w->bos, i);
-        }
-    } else {
-        t = allocate(1, sizeof *t, "task");
-        Request *r = new_request(t, 0);
-        if ((m->arch == BERT || w->bos) && m->bos >= 0) ids_push(&t->pool, m->bos);
-        encode(need_tokenizer(m), prompt, (int64_t)strlen(prompt), &t->pool);
-        if (m->arch == BERT && m->eos >= 0) ids_push(&t->pool, m->eos);
-        r->n = r->segment_from = t->pool.n;
-        if (!r->n) die("--prompt: no tokens; give some text");
-    }
-    int64_t n = schedule->n_steps + 1, done = 0;
-    double *sum = allocate(n * n, sizeof *sum, "similarities"), started = seconds();
-    char **names = allocate(n, sizeof *names, "names");
-    names[0] = copy_string("emb");
-    char *text = schedule_text(schedule), *at = text;
-    for (int64_t i = 1; i < n; i++, at++) {
-        Text name = {0};
-        text_add(&name, at, (int64_t)strcspn(at, " "));
-        names[i] = name.s;
-        at += name.n;
-    }
+    Task *t = cosine_task(s->model, w, path, prompt);
+    Text heading = {0};
+    int n;
+    text_printf(&heading, "emb %s", schedule_text(schedule));
+    char **name = split(heading.s, ' ', &n);
+    double *sum = allocate(n * (int64_t)n, sizeof *sum, "similarities"), started = seconds();
+    int64_t done = 0;
     for (int64_t i = 0; i < t->n_requests; i++) {
-        if (i && t->requests[i].mask_at >= 0 && t->requests[i].first == t->requests[i - 1].first) {
-            continue;                           // BERT's windows of running text: each once
-        }
-        add_cosines(s, schedule, t, &t->requests[i], sum, n);
+        const Request *r = &t->requests[i];
+        if (i && r->mask_at >= 0 && r->first == r[-1].first) continue;  // a window of running text
+        add_cosines(s, schedule, t, *r, sum, n);
         done++;
         progress("cosine", i + 1, t->n_requests, started);
     }
-    for (int64_t i = 0; i < n * n; i++) sum[i] /= (double)done;
-    for (int64_t j = 0; j < n; j++) printf("\t%s", names[j]);
+    double lowest = 1;
+    for (int i = 0; i < n; i++) printf("\t%s", name[i]);
+    for (int i = 0; i < n; i++) {
+        printf("\n%s", name[i]);
+        for (int j = 0; j < n; j++) {
+            double *mean = &sum[i * (int64_t)n + j];
+            *mean /= (double)done;
+            lowest = *mean < lowest ? *mean : lowest;
+            printf("\t%.6f", *mean);
+        }
+    }
     putchar('\n');
-    for (int64_t i = 0; i < n; i++) {
-        printf("%s", names[i]);
-        for (int64_t j = 0; j < n; j++) printf("\t%.6f", sum[i * n + j]);
-        putchar('\n');
-    }
     if (w->svg) {
-        double lo = 1;
-        for (int64_t i = 0; i < n * n; i++) lo = sum[i] < lo ? sum[i] : lo;
-        heatmap_svg(w->svg, "Cosine similarity of hidden states", sum, (int)n, (int)n, "state after",
-                    "state after", names, names, lo, 1);
+        heatmap_svg(w->svg, "Cosine similarity of hidden states", sum, n, n, "state after",
+                    "state after", name, name, lowest, 1);
     }
-    for (int64_t i = 0; i < n; i++) release(names[i]);
-    release(names);
-    release(text);
-    release(sum);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -5664,7 +5334,7 @@ static void run(const Wanted *w) {
     Session *s = session_new(m);
     s->kv_mean = options.kv && !strcmp(options.kv, "mean");
     const char *task = options.cosine && *options.cosine ? options.cosine : NULL;
-    if (options.show && options.sweep) show_sweep(s, options.sweep, schedule.n_layers);
+    if (options.show && options.sweep) show_sweep(options.sweep, schedule.n_layers);
     else if (options.show) puts(schedule_text(&schedule));
     else if (options.info) print_info(m);
     else if (options.cosine) cosine(s, w, &schedule, task, options.prompt);
