@@ -774,19 +774,24 @@ static const unsigned char *model_find(Model *m, const char *name) {
     return NULL;
 }
 
+// The tensor of an entry of the table.
+static Tensor tensor_at(const Model *m, const unsigned char *e) {
+    Tensor t = {(int)read_u32(e + 56), (int64_t)read_u64(e + 64), (int64_t)read_u64(e + 72),
+                m->file + read_u64(e + 80), NULL};
+    int64_t bytes = (t.rows * t.cols + 63) / 64 * 64;
+    if (t.type == Q8) t.scale = (const uint16_t *)((const char *)t.data + bytes);
+    return t;
+}
+
 // The tensor of that name, which must have that shape.
 static Tensor model_tensor(Model *m, const char *name, int64_t rows, int64_t cols) {
     const unsigned char *e = model_find(m, name);
     if (!e) die("%s: the tensor %s is missing; export the model again", m->path, name);
-    Tensor t = {(int)read_u32(e + 56), (int64_t)read_u64(e + 64), (int64_t)read_u64(e + 72),
-                m->file + read_u64(e + 80), NULL};
+    Tensor t = tensor_at(m, e);
     if (t.rows != rows || t.cols != cols) {
         die("%s: tensor %s: its shape is %lld x %lld and should be %lld x %lld; export the model "
             "again", m->path, name, (long long)t.rows, (long long)t.cols, (long long)rows,
             (long long)cols);
-    }
-    if (t.type == Q8) {
-        t.scale = (const uint16_t *)((const char *)t.data + (rows * cols + 63) / 64 * 64);
     }
     return t;
 }
@@ -2061,6 +2066,123 @@ static void pooled(Session *s, const int64_t *rows, int64_t n, float *out) {
     matmul(out, picked, &m->pooler, m->pooler_bias, n);
     for (int64_t i = 0; i < n * d; i++) out[i] = tanhf(out[i]);
     release(picked);
+}
+
+// 8-bit weights: groups of 32 along a row share a scale, the largest magnitude over 127.
+
+// float16 nearest to f, which is not negative and below 65520.
+static uint16_t to_f16(float f) {
+    uint32_t bits;
+    if (f < 0x1p-14f) return (uint16_t)lrintf(f * 0x1p24f);
+    memcpy(&bits, &f, sizeof bits);
+    return (uint16_t)((bits + 0xfff + (bits >> 13 & 1)) >> 13) - (112 << 10);
+}
+
+// One row in 8 bits. error[0] and error[1] become the sums of squares of what is lost and of all.
+static void quantize_row(int8_t *q, uint16_t *scale, const float *x, int64_t n, double *error) {
+    error[0] = error[1] = 0;
+    for (int64_t from = 0; from < n; from += 32) {
+        int64_t to = n - from < 32 ? n : from + 32;
+        float largest = 0;
+        for (int64_t i = from; i < to; i++) {
+            if (!(fabsf(x[i]) <= largest)) largest = fabsf(x[i]);
+        }
+        if (!(largest < 127 * 65504.0f)) error[0] = INFINITY;   // too large, or not a number
+        scale[from / 32] = to_f16(largest < 127 * 65504.0f ? largest / 127 : 0);
+        float step = from_f16(scale[from / 32]);
+        for (int64_t i = from; i < to; i++) {
+            float steps = step > 0 ? x[i] / step : 0;
+            q[i] = (int8_t)lrintf(steps > 127 ? 127 : steps < -127 ? -127 : steps);
+            double lost = (double)x[i] - (double)(step * q[i]);
+            error[0] += lost * lost;
+            error[1] += (double)x[i] * (double)x[i];
+        }
+    }
+}
+
+// Appends a matrix in 8 bits; returns the root of the mean squared error over that of the weights.
+static double write_quantized(FILE *f, const Tensor *w, const char *name) {
+    enum { BLOCK = 256 };                   // rows in memory at a time
+    int64_t groups = (w->cols + 31) / 32, padding = (64 - w->rows * w->cols % 64) % 64;
+    float *wide = allocate(BLOCK * w->cols, sizeof *wide, name);
+    int8_t *q = allocate(BLOCK * w->cols, sizeof *q, name);
+    uint16_t *scale = allocate(w->rows * groups, sizeof *scale, name);
+    double *error = allocate(BLOCK * 2, sizeof *error, name), sum[2] = {0};
+    for (int64_t from = 0; from < w->rows; from += BLOCK) {
+        int64_t rows = w->rows - from < BLOCK ? w->rows - from : BLOCK;
+        #pragma omp parallel for if (worth_threads(rows * w->cols))
+        for (int64_t r = 0; r < rows; r++) {
+            widen(wide + r * w->cols, w, from + r);
+            quantize_row(q + r * w->cols, scale + (from + r) * groups, wide + r * w->cols, w->cols,
+                         error + 2 * r);
+        }
+        for (int64_t i = 0; i < 2 * rows; i++) sum[i % 2] += error[i];
+        fwrite(q, 1, (size_t)(rows * w->cols), f);
+    }
+    fwrite((char[64]){0}, 1, (size_t)padding, f);
+    fwrite(scale, sizeof *scale, (size_t)(w->rows * groups), f);
+    release(wide);
+    release(q);
+    release(scale);
+    release(error);
+    return sum[1] > 0 ? sqrt(sum[0] / sum[1]) : sum[0];
+}
+
+// Writes the model to `path` with every matrix in 8 bits and all else as it is, and prints what each
+// lost. It grows under another name and takes its own at the end.
+static void model_quantize(const Model *m, const char *path) {
+    int64_t header_bytes = (int64_t)read_u64(m->file + 24), end = header_bytes;
+    unsigned char *header = allocate(header_bytes, 1, "header");
+    memcpy(header, m->file, (size_t)header_bytes);
+    for (int i = 0; i < m->n_tensors; i++) {
+        unsigned char *e = header + 192 + 96 * (int64_t)i;
+        uint32_t type = read_u32(e + 60) == 2 ? Q8 : read_u32(e + 56);
+        uint64_t offset = (uint64_t)end, bytes = (uint64_t)stored_bytes(
+            (int)type, (int64_t)read_u64(e + 64), (int64_t)read_u64(e + 72));
+        memcpy(e + 56, &type, sizeof type);
+        memcpy(e + 80, &offset, sizeof offset);
+        memcpy(e + 88, &bytes, sizeof bytes);
+        end += (int64_t)(bytes + 63) / 64 * 64;
+    }
+    memcpy(header + 16, &end, sizeof end);
+    uint32_t checksum = header_checksum(header, header_bytes);
+    memcpy(header + 32, &checksum, sizeof checksum);
+
+    Text aside = {0};
+    text_printf(&aside, "%s.tmp", path);
+    FILE *f = fopen(aside.s, "wb");
+    if (!f) die("%s: cannot be written: %s; choose another place", path, strerror(errno));
+    bool good = fwrite(header, 1, (size_t)header_bytes, f) > 0;
+    const char *bad = NULL;
+    printf("%-24s %8s x %-8s  relative error\n", "matrix", "rows", "columns");
+    for (int i = 0; i < m->n_tensors && good && !bad; i++) {
+        const unsigned char *e = m->table + 96 * (int64_t)i;
+        const char *name = (const char *)e;
+        Tensor w = tensor_at(m, e);
+        int64_t bytes = (int64_t)read_u64(header + 192 + 96 * (int64_t)i + 88);
+        if (read_u32(e + 60) == 2 && w.type != Q8) {
+            double error = write_quantized(f, &w, name);
+            printf("%-24s %8lld x %-8lld  %.5f\n", name, (long long)w.rows, (long long)w.cols,
+                   error);
+            fflush(stdout);
+            if (!(error < INFINITY)) bad = name;
+        } else {
+            fwrite(w.data, 1, (size_t)bytes, f);
+        }
+        fwrite((char[64]){0}, 1, (size_t)((64 - bytes % 64) % 64), f);
+        good = !ferror(f);
+    }
+    if (fclose(f)) good = false;
+    if (bad || !good || rename(aside.s, path)) {
+        int reason = errno;
+        remove(aside.s);
+        if (bad) die("%s: tensor %s: has weights that are not numbers of 8 bits; leave it as it is",
+                     m->path, bad);
+        die("%s: cannot be written: %s; free space or choose another place", path, strerror(reason));
+    }
+    warn("%s: %.1f MB, of %.1f MB", path, (double)end / 1e6, (double)m->bytes / 1e6);
+    release(aside.s);
+    release(header);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -5976,6 +6098,7 @@ static const Flag flags[] = {
      "cosine similarity of hidden states, over a task or of --prompt"},
     {"report", "FILE ...", WORDS, &report_list, 0, 0,
      "tables and figures from finished --out files; needs no model"},
+    {"quantize", "OUT", WORD, &options.quantize, 0, 0, "write the model to OUT with 8-bit weights"},
     {"info", NULL, SWITCH, &options.info, 0, 0, "what the model file holds"},
     {"show", NULL, SWITCH, &options.show, 0, 0, "print the schedule and stop"},
     {"help", NULL, SWITCH, &options.help, 0, 0, "this text"},
@@ -6194,6 +6317,8 @@ int main(int argc, char **argv) {
     s->kv_mean = options.kv && !strcmp(options.kv, "mean");
     if (options.info) {
         print_info(m);
+    } else if (options.quantize) {
+        model_quantize(m, options.quantize);
     } else if (options.cosine) {
         cosine(s, &w, &schedule, *options.cosine ? options.cosine : NULL, options.prompt);
     } else if (options.prompt && m->arch == BERT) {
