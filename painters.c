@@ -788,6 +788,7 @@ static uint64_t hash_bytes(const unsigned char *p, int64_t n) {
 // same to rounding. On each path every output is summed in one fixed order that does not know how
 // many rows, threads or pieces of cache there are, so none of these can change a result's bits.
 
+#pragma GCC diagnostic ignored "-Wpsabi"        // no vector crosses into other people's code
 #ifndef _OPENMP
 #pragma GCC diagnostic ignored "-Wunknown-pragmas"
 #endif
@@ -937,11 +938,25 @@ static void plain_gelu(float *x, int64_t n) {
 #define INLINE static inline __attribute__((always_inline))
 #ifdef __clang__
 #define UNROLL _Pragma("clang loop unroll(full)")
+#define ROLLED _Pragma("clang loop unroll(disable)")
 #else
 #define UNROLL _Pragma("GCC unroll 16")
+#define ROLLED _Pragma("GCC unroll 1")
 #endif
+#ifdef __x86_64__                       // else compilers read a vector anew for each of its uses
+#define IN_REGISTER(v) __asm__("" : "+x"(v))
+#else
+#define IN_REGISTER(v) (void)(v)
+#endif
+#define WEIGHT_BYTES(type) ((type) == F32 ? 4 : (type) == Q8 ? 1 : 2)
 
-enum { WIDE = 16, DEPTH = 256 };        // a panel of W: outputs side by side, columns at a time
+enum {
+    WIDE = 16,                  // attention: keys, or elements of values, side by side
+    PANEL = 24, DEPTH = 512,    // rows and columns of W that stay in the L2 cache
+    PAD = 16,                   // rows a power of two apart would share cache lines
+    CHUNK = 128,                // rows of x that meet a panel
+    FEW = 32                    // up to so many, W is read as it is stored
+};
 
 #define PATH generic
 #define LANES 4
@@ -979,11 +994,11 @@ enum { WIDE = 16, DEPTH = 256 };        // a panel of W: outputs side by side, c
 // 3b. Fast kernels (skip on first reading): compiled once for each size of vectors
 // ------------------------------------------------------------------------------------------------
 //
-// One loop does nearly all the work: tile() adds a few rows of x times a panel of WIDE columns to as
-// many rows of outputs, from the first column of x to the last. For matmul the panel is DEPTH
-// columns of WIDE rows of W, widened and turned around; for attention it is 16 keys, or 16 elements
-// of the values, as they lie in the cache. An output is one chain of sums in the order of columns,
-// whatever the number of rows, threads or pieces of cache.
+// For matmul, column k of a sum belongs to chain k % LANES. A chain is summed from its first column
+// to its last, and at the end the chains are added, in one order. So the chains are the lanes of a
+// vector that walks along a row, whatever other rows of x and W are multiplied beside it: a few of
+// each, so that what is loaded is used several times. For attention, tile() adds a few rows of x
+// times 16 keys, or 16 elements of the values, as they lie in the cache; there a sum is one chain.
 
 #define vec ON_PATH(vec)
 #define ivec ON_PATH(ivec)
@@ -992,11 +1007,14 @@ enum { WIDE = 16, DEPTH = 256 };        // a panel of W: outputs side by side, c
 #define pick ON_PATH(pick)
 #define load ON_PATH(load)
 #define load_some ON_PATH(load_some)
+#define sum_of ON_PATH(sum_of)
 #define store_some ON_PATH(store_some)
 #define load_weights ON_PATH(load_weights)
-#define transpose ON_PATH(transpose)
-#define pack ON_PATH(pack)
-#define pack_of ON_PATH(pack_of)
+#define load_scale ON_PATH(load_scale)
+#define widen_part ON_PATH(widen_part)
+#define chains_of ON_PATH(chains_of)
+#define chains ON_PATH(chains)
+#define outputs ON_PATH(outputs)
 #define tile ON_PATH(tile)
 #define tile_of ON_PATH(tile_of)
 #define exp_of ON_PATH(exp_of)
@@ -1014,6 +1032,14 @@ INLINE vec pick(ivec mask, vec yes, vec no) {
 }
 
 INLINE vec load(const float *p) { return *(const loose_vec *)p; }
+
+// All lanes, in one order.
+INLINE float sum_of(vec v) {
+    for (int half = LANES / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; i++) v[i] += v[i + half];
+    }
+    return v[0];
+}
 
 // At most n floats in a vector, zeros behind them: tails run through the same code as the rest.
 INLINE vec load_some(const float *p, int64_t n) {
@@ -1036,89 +1062,32 @@ INLINE vec load_weights(const void *p, const int type) {
     if (type == F16) return (vec)_mm256_cvtph_ps(_mm_loadu_si128(p));
     return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p)), 16);
 #else
-    vec v = {0};
-    for (int i = 0; i < LANES; i++) {
-        uint16_t half;
-        memcpy(&half, (const char *)p + (type == Q8 ? 0 : 2 * i), sizeof half);
-        v[i] = type == Q8 ? ((const int8_t *)p)[i] : type == F16 ? from_f16(half) : from_bf16(half);
-    }
-    return v;
+    typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+    typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+    if (type == Q8) return __builtin_convertvector(*(const bytes *)p, vec);
+    ivec bits = __builtin_convertvector(*(const halves *)p, ivec) << 16;
+    if (type == BF16) return (vec)bits;
+    vec f = (vec)(bits >> 3 & (int32_t)0x8fffe000) * 0x1p112f;      // see from_f16()
+    return (vec)((ivec)f | ((((ivec)f & 0x7fffffff) >= 0x47800000) & 0x7f800000));
 #endif
 }
 
-// A square of LANES x LANES: rows become columns.
-INLINE void transpose(vec r[LANES]) {
+// The scale of 32 8-bit weights, for all lanes.
+INLINE vec load_scale(const uint16_t *p) {
 #if defined HAVE_AVX2 && LANES == 8
-    vec t[8];
-    UNROLL for (int i = 0; i < 8; i += 4) {     // squares of 4 x 4 inside each half
-        for (int j = 0; j < 2; j++) {
-            t[i + 2 * j] = _mm256_unpacklo_ps(r[i + 2 * j], r[i + 2 * j + 1]);
-            t[i + 2 * j + 1] = _mm256_unpackhi_ps(r[i + 2 * j], r[i + 2 * j + 1]);
-        }
-        r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
-        r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
-        r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-        r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-    }
-    UNROLL for (int i = 0; i < 4; i++) {        // then the squares among themselves
-        vec a = r[i], b = r[i + 4];
-        r[i] = _mm256_permute2f128_ps(a, b, 0x20);
-        r[i + 4] = _mm256_permute2f128_ps(a, b, 0x31);
-    }
+    return (vec)_mm256_cvtph_ps(_mm_set1_epi16((short)*p));
 #else
-    UNROLL for (int i = 0; i < LANES; i++) {
-        for (int j = 0; j < i; j++) {
-            float swapped = r[i][j];
-            r[i][j] = r[j][i];
-            r[j][i] = swapped;
-        }
-    }
+    return from_f16(*p) - (vec){0};
 #endif
 }
 
-// panel[DEPTH][WIDE] = columns k0 .. k0 + depth of rows row .. row + WIDE of W, as float32. Rows that
-// W lacks repeat its last one: what comes of them is not stored.
-INLINE void pack_of(float *panel, const Tensor *w, int64_t row, int64_t k0, int64_t depth,
-                    const int type) {
-    const int bytes = type == F32 ? 4 : type == Q8 ? 1 : 2;
-    for (int o = 0; o < WIDE; o += LANES) {
-        const char *from[LANES];
-        int64_t at[LANES], groups = (w->cols + 31) / 32;
-        for (int i = 0; i < LANES; i++) {
-            at[i] = row + o + i < w->rows ? row + o + i : w->rows - 1;
-            from[i] = (const char *)w->data + (at[i] * w->cols + k0) * bytes;
-        }
-        for (int64_t k = 0; k < depth; k += LANES) {
-            vec r[LANES];
-            UNROLL for (int i = 0; i < LANES; i++) {
-                char tail[4 * LANES] = {0};
-                const char *p = from[i] + k * bytes;
-                if (depth - k < LANES) p = memcpy(tail, p, (size_t)((depth - k) * bytes));
-                r[i] = load_weights(p, type);
-                if (type == Q8) r[i] *= from_f16(w->scale[at[i] * groups + (k0 + k) / 32]);
-            }
-            transpose(r);
-            UNROLL for (int i = 0; i < LANES; i++) *(vec *)(panel + (k + i) * WIDE + o) = r[i];
-        }
-    }
-}
-
-static void pack(float *panel, const Tensor *w, int64_t row, int64_t k0, int64_t depth) {
-    switch (w->type) {
-    case F32: pack_of(panel, w, row, k0, depth, F32); break;
-    case F16: pack_of(panel, w, row, k0, depth, F16); break;
-    case BF16: pack_of(panel, w, row, k0, depth, BF16); break;
-    case Q8: pack_of(panel, w, row, k0, depth, Q8); break;
-    }
-}
-
-// c[rows][n] += a[rows][depth] . b[depth][WIDE], of which the first n <= WIDE outputs are stored.
+// c[rows][WIDE] = or += a[rows][depth] . b[depth][WIDE].
 INLINE void tile_of(const int rows, float *c, int64_t ldc, const float *a, int64_t lda,
-                    const float *b, int64_t ldb, int64_t depth, int64_t n) {
+                    const float *b, int64_t ldb, int64_t depth, bool more) {
     vec sum[ROWS][VECS];
     UNROLL for (int i = 0; i < rows; i++) {
         UNROLL for (int v = 0; v < VECS; v++) {
-            sum[i][v] = load_some(c + i * ldc + v * LANES, n - v * LANES);
+            sum[i][v] = more ? load(c + i * ldc + v * LANES) : (vec){0};
         }
     }
     for (int64_t k = 0; k < depth; k++) {
@@ -1129,19 +1098,17 @@ INLINE void tile_of(const int rows, float *c, int64_t ldc, const float *a, int64
         }
     }
     UNROLL for (int i = 0; i < rows; i++) {
-        UNROLL for (int v = 0; v < VECS; v++) {
-            store_some(c + i * ldc + v * LANES, sum[i][v], n - v * LANES);
-        }
+        UNROLL for (int v = 0; v < VECS; v++) *(loose_vec *)(c + i * ldc + v * LANES) = sum[i][v];
     }
 }
 
 // The same for any number of rows, spread evenly over tiles.
 static void tile(int64_t rows, float *c, int64_t ldc, const float *a, int64_t lda, const float *b,
-                 int64_t ldb, int64_t depth, int64_t outputs) {
+                 int64_t ldb, int64_t depth, bool more) {
     for (int64_t left = (rows + ROWS - 1) / ROWS, n; left > 0; left--) {
         n = (rows + left - 1) / left;
         switch (n) {
-#define TILE(n) case n: tile_of(n, c, ldc, a, lda, b, ldb, depth, outputs); break
+#define TILE(n) case n: tile_of(n, c, ldc, a, lda, b, ldb, depth, more); break
             TILE(1); TILE(2);
 #if ROWS > 2
             TILE(3); TILE(4); TILE(5); TILE(6);
@@ -1152,36 +1119,125 @@ static void tile(int64_t rows, float *c, int64_t ldc, const float *a, int64_t ld
     }
 }
 
-static void ON_PATH(matmul)(float *y, const float *x, const Tensor *w, const float *bias,
-                            int64_t n) {
-    enum { STRIDE = DEPTH + 16 };           // rows a power of two apart would share cache lines
-    int64_t cols = w->cols, blocks = (cols + DEPTH - 1) / DEPTH;
-    bool many = n >= ROWS;                  // then x is copied, block by block of its columns
-    float *copy = many ? scratch(0, blocks * n * STRIDE) : NULL;
-    #pragma omp parallel if (n * w->rows * cols > 1 << 21)
-    {
-        if (many) {
-            #pragma omp for
-            for (int64_t i = 0; i < blocks * n; i++) {
-                int64_t k = i / n * DEPTH, depth = cols - k < DEPTH ? cols - k : DEPTH;
-                memcpy(copy + i * STRIDE, x + i % n * cols + k, (size_t)depth * sizeof *x);
+// Columns k .. k + depth of a row of W as float32, with zeros up to a multiple of 32.
+static void widen_part(float *out, const Tensor *w, int64_t row, int64_t k, int64_t depth) {
+    const int type = w->type, bytes = WEIGHT_BYTES(type);
+    const char *from = (const char *)w->data + (row * w->cols + k) * bytes;
+    const uint16_t *scale = type == Q8 ? w->scale + row * ((w->cols + 31) / 32) + k / 32 : NULL;
+    for (k = 0; k < depth; k += 32) {
+        char tail[32 * 4] = {0};
+        const char *p = from + k * bytes;
+        if (depth - k < 32) p = memcpy(tail, p, (size_t)((depth - k) * bytes));
+        vec factor = type == Q8 ? load_scale(scale + k / 32) : 1 - (vec){0};
+        UNROLL for (int l = 0; l < 32; l += LANES) {
+            *(loose_vec *)(out + k + l) = load_weights(p + l * bytes, type) * factor;
+        }
+    }
+}
+
+// Adds the first `depth` columns (a multiple of 32) of n rows of x and 8, 6 or 4 of W to their
+// chains, c[n][PANEL][LANES]. Rows that W lacks repeat its last one.
+INLINE void chains_of(float *c, const float *x, int64_t ldx, const Tensor *w, int64_t row,
+                      int64_t depth, const float *next, const int n, const int type) {
+    const int bytes = WEIGHT_BYTES(type), m = n == 1 ? 8 : 12 / n;
+    vec sum[3][8], factor[8];
+    const char *from[8];
+    const uint16_t *scale[8];
+    UNROLL for (int j = 0; j < m; j++) {
+        int64_t at = row + j < w->rows ? row + j : w->rows - 1;
+        from[j] = (const char *)w->data + at * w->cols * bytes;
+        if (type == Q8) scale[j] = w->scale + at * (w->cols / 32);
+        UNROLL for (int i = 0; i < n; i++) sum[i][j] = load(c + (i * PANEL + j) * LANES);
+    }
+    for (int64_t k = 0; k < depth; k += 32) {
+        if (n == 3) __builtin_prefetch(next + k / 2);
+        if (type == Q8) UNROLL for (int j = 0; j < m; j++) factor[j] = load_scale(scale[j] + k / 32);
+        ROLLED for (int l = 0; l < 32; l += LANES) {
+            vec a[3];
+            UNROLL for (int i = 0; i < n; i++) {
+                a[i] = load(x + i * ldx + k + l);
+                IN_REGISTER(a[i]);
+            }
+            UNROLL for (int j = 0; j < m; j++) {
+                vec f = load_weights(from[j] + (k + l) * bytes, type);
+                if (type == Q8) f *= factor[j];
+                IN_REGISTER(f);
+                UNROLL for (int i = 0; i < n; i++) sum[i][j] += a[i] * f;
             }
         }
-        float *panel = scratch(1, (DEPTH + LANES) * WIDE);
-        #pragma omp for schedule(dynamic, 2)
-        for (int64_t row = 0; row < w->rows; row += WIDE) {
-            int64_t outputs = w->rows - row < WIDE ? w->rows - row : WIDE;
-            for (int64_t i = 0; i < n; i++) {
-                for (int64_t o = 0; o < outputs; o++) {
-                    y[i * w->rows + row + o] = bias ? bias[row + o] : 0;
-                }
+    }
+    UNROLL for (int j = 0; j < m; j++) {
+        UNROLL for (int i = 0; i < n; i++) *(loose_vec *)(c + (i * PANEL + j) * LANES) = sum[i][j];
+    }
+}
+
+// The same for any number of rows of x and PANEL rows of W. Few rows of x meet many of W at a time,
+// since then reading W is what takes time; three meet four, and the next three are fetched meanwhile.
+static void chains(float *c, const float *x, int64_t ldx, int64_t n, const Tensor *w, int64_t row,
+                   int64_t depth) {
+    int64_t end = row + PANEL < w->rows ? row + PANEL : w->rows;
+    for (int64_t left = (n + 2) / 3, some; left > 0; left--, n -= some) {
+        some = (n + left - 1) / left;
+        for (int64_t r = row; r < end; r += some == 1 ? 8 : 12 / some) {
+            float *to = c + (r - row) * LANES;
+            const float *next = x + 3 * ldx + (r - row) * depth / 8;
+            switch (3 * w->type + some) {
+#define TILE(n, type) \
+            case 3 * type + n: chains_of(to, x, ldx, w, r, depth, next, n, type); break
+            TILE(1, F32); TILE(1, F16); TILE(1, BF16); TILE(1, Q8);
+            TILE(2, F32); TILE(2, F16); TILE(2, BF16); TILE(2, Q8);
+            TILE(3, F32); TILE(3, F16); TILE(3, BF16); TILE(3, Q8);
+#undef TILE
             }
-            for (int64_t b = 0; b < blocks; b++) {
-                int64_t k = b * DEPTH, depth = cols - k < DEPTH ? cols - k : DEPTH;
-                pack(panel, w, row, k, depth);
-                tile(n, y + row, w->rows, many ? copy + b * n * STRIDE : x + k,
-                     many ? STRIDE : cols, panel, WIDE, depth, outputs);
-            }
+        }
+        c += some * PANEL * LANES, x += some * ldx;
+    }
+}
+
+// Outputs row .. row + PANEL of rows first .. first + some of the n of x, which lies in `blocks` of
+// depth columns each, [blocks][n][depth + PAD].
+static void outputs(float *y, const float *x, const Tensor *w, const float *bias, int64_t n,
+                    int64_t first, int64_t some, int64_t row, int64_t depth, int64_t blocks,
+                    bool direct) {
+    int64_t rows = w->rows - row < PANEL ? w->rows - row : PANEL, ldx = depth + PAD;
+    float *c = scratch(1, PANEL * (CHUNK * LANES + DEPTH + PAD)), *wide = c + CHUNK * PANEL * LANES;
+    const Tensor panel = {F32, rows, DEPTH + PAD, wide, NULL};
+    memset(c, 0, (size_t)(some * PANEL * LANES) * sizeof *c);
+    for (int64_t b = 0; b < blocks; b++) {
+        int64_t k = b * depth, here = w->cols - k < depth ? w->cols - k : depth;
+        for (int64_t r = 0; r < rows && !direct; r++) {
+            widen_part(wide + r * (DEPTH + PAD), w, row + r, k, here);
+        }
+        chains(c, x + (b * n + first) * ldx, ldx, some, direct ? w : &panel, direct ? row : 0,
+               (here + 31) / 32 * 32);
+    }
+    for (int64_t i = 0; i < some; i++) {
+        for (int64_t r = 0; r < rows; r++) {
+            float sum = sum_of(load(c + (i * PANEL + r) * LANES));
+            y[(first + i) * w->rows + row + r] = sum + (bias ? bias[row + r] : 0);
+        }
+    }
+}
+
+static void ON_PATH(matmul)(float *y, const float *x, const Tensor *w, const float *bias,
+                            int64_t n) {
+    bool direct = n <= FEW && w->cols % 32 == 0;
+    int64_t depth = direct ? w->cols : DEPTH, blocks = (w->cols + depth - 1) / depth;
+    int64_t panels = (w->rows + PANEL - 1) / PANEL, chunks = (n + CHUNK - 1) / CHUNK;
+    float *copy = scratch(0, blocks * n * (depth + PAD));
+    #pragma omp parallel if (n * w->rows * w->cols > 1 << 21)
+    {
+        #pragma omp for
+        for (int64_t i = 0; i < blocks * n; i++) {
+            int64_t k = i / n * depth, here = w->cols - k < depth ? w->cols - k : depth;
+            float *to = copy + i * (depth + PAD);
+            memcpy(to, x + i % n * w->cols + k, (size_t)here * sizeof *x);
+            for (; here % 32; here++) to[here] = 0;
+        }
+        #pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < panels * chunks; i++) {
+            int64_t first = i % chunks * CHUNK, some = n - first < CHUNK ? n - first : CHUNK;
+            outputs(y, copy, w, bias, n, first, some, i / chunks * PANEL, depth, blocks, direct);
         }
     }
 }
@@ -1232,7 +1288,7 @@ static void weigh(float *c, int64_t stride, const float *p, int64_t ldp, int64_t
         for (int64_t t = first; t < last; t += DEPTH) {     // they stay in the cache for all rows
             for (int64_t d = 0; d < stride; d += WIDE) {
                 tile(rows, c + d, stride, p + t, ldp, s->v + (t - start) * stride + d, stride,
-                     last - t < DEPTH ? last - t : DEPTH, WIDE);
+                     last - t < DEPTH ? last - t : DEPTH, true);
             }
         }
     }
@@ -1241,27 +1297,25 @@ static void weigh(float *c, int64_t stride, const float *p, int64_t ldp, int64_t
 static void ON_PATH(attend)(float *out, const float *q, int64_t ld, int64_t n, int64_t group,
                             int64_t head_dim, const Span *spans, int64_t n_spans, int64_t past,
                             bool causal) {
-    enum { CHUNK = 4 * ROWS };              // rows that read keys and values together
+    enum { SOME = 4 * ROWS };              // rows that read keys and values together
     int64_t stride = (head_dim + 15) / 16 * 16, lda = stride + 1;
     int64_t keys_padded = (past + n + 31) / 16 * 16, ldp = keys_padded + 16, rows;
-    float *p = scratch(1, CHUNK * (ldp + stride + lda)), *c = p + CHUNK * ldp, *a = c + CHUNK * stride;
+    float *p = scratch(1, SOME * (ldp + stride + lda)), *c = p + SOME * ldp, *a = c + SOME * stride;
     for (int64_t i0 = 0; i0 < n * group; i0 += rows) {
-        rows = n * group - i0 < CHUNK ? n * group - i0 : CHUNK;
+        rows = n * group - i0 < SOME ? n * group - i0 : SOME;
         int64_t last = i0 + rows - 1, most = causal ? past + last / group + 1 : past + n, start = 0;
         for (int64_t i = 0; i < rows; i++) {
             const float *from = q + (i0 + i) / group * ld + (i0 + i) % group * head_dim;
             for (int64_t d = 0; d < head_dim; d++) a[i * lda + d] = from[d] / sqrtf((float)head_dim);
-            memset(p + i * ldp, 0, (size_t)ldp * sizeof *p);
             memset(c + i * stride, 0, (size_t)stride * sizeof *c);
         }
         for (const Span *s = spans; s < spans + n_spans && start < most; start += s++->count) {
             int64_t keys = most - start < s->count ? most - start : s->count;
             for (int64_t t = 0; t < keys; t += WIDE) {
-                tile(rows, p + start + t, ldp, a, lda, s->k + t * head_dim, WIDE, head_dim,
-                     keys - t < WIDE ? keys - t : WIDE);
+                tile(rows, p + start + t, ldp, a, lda, s->k + t * head_dim, WIDE, head_dim, false);
             }
         }
-        float sums[CHUNK];
+        float sums[SOME];
         for (int64_t i = 0; i < rows; i++) {        // softmax; keys that are not seen get weight 0
             int64_t seen = causal ? past + (i0 + i) / group + 1 : most;
             float *row = p + i * ldp, max = row[0];
@@ -1273,8 +1327,7 @@ static void ON_PATH(attend)(float *out, const float *q, int64_t ld, int64_t n, i
                 *(loose_vec *)(row + t) = e;
                 sum += e;
             }
-            sums[i] = 0;
-            for (int j = 0; j < LANES; j++) sums[i] += sum[j];
+            sums[i] = sum_of(sum);
         }
         int64_t least = causal ? past + i0 / group + 1 : most;  // what the first row sees
         weigh(c, stride, p, ldp, rows, spans, 0, least);
@@ -1553,19 +1606,19 @@ static void cache_store(Session *s, Place place, const float *k, const float *v)
 // Attention of all rows over the keys of their sequences and ancestors: s->q in, s->att out. One
 // piece of work is a few rows of one sequence and one KV head.
 static void attention(Session *s, Place place) {
-    enum { CHUNK = 32 };
+    enum { PIECE = 32 };
     const Model *m = s->model;
     int64_t group = m->n_heads / m->n_kv_heads, ld = (int64_t)m->n_heads * m->head_dim;
     int64_t n_pieces = 0, operations = 0;
     for (int64_t i = 0; i < s->batch.n_runs; i++) {
         const Run *run = &s->batch.runs[i];
-        n_pieces += (run->n + CHUNK - 1) / CHUNK;
+        n_pieces += (run->n + PIECE - 1) / PIECE;
         operations += run->n * (s->batch.position[run->row] + run->n) * ld;
     }
     int *piece_run = allocate(n_pieces, sizeof *piece_run, "attention");
     int64_t *piece_row = allocate(n_pieces, sizeof *piece_row, "attention");
     for (int64_t i = 0, at = 0; i < s->batch.n_runs; i++) {
-        for (int64_t r = 0; r < s->batch.runs[i].n; r += CHUNK, at++) {
+        for (int64_t r = 0; r < s->batch.runs[i].n; r += PIECE, at++) {
             piece_run[at] = (int)i;
             piece_row[at] = r;
         }
@@ -1576,7 +1629,7 @@ static void attention(Session *s, Place place) {
         int64_t piece = n_pieces - 1 - work / m->n_kv_heads;    // the longest rows first
         int head = (int)(work % m->n_kv_heads);
         const Run *run = &s->batch.runs[piece_run[piece]];
-        int64_t row = piece_row[piece], n = run->n - row < CHUNK ? run->n - row : CHUNK;
+        int64_t row = piece_row[piece], n = run->n - row < PIECE ? run->n - row : PIECE;
         Span spans[MAX_DEPTH];
         int at = MAX_DEPTH;
         for (int i = run->sequence; i >= 0 && at > 0; i = s->sequences[i].parent) {
@@ -1858,6 +1911,122 @@ static void pooled(Session *s, const int64_t *rows, int64_t n, float *out) {
     matmul(out, picked, &m->pooler, m->pooler_bias, n);
     for (int64_t i = 0; i < n * d; i++) out[i] = tanhf(out[i]);
     release(picked);
+}
+
+// 8-bit weights: groups of 32 along a row share a scale, the largest magnitude over 127.
+
+// float16 nearest to f, which is not negative and below 65520.
+static uint16_t to_f16(float f) {
+    uint32_t bits;
+    if (f < 0x1p-14f) return (uint16_t)lrintf(f * 0x1p24f);
+    memcpy(&bits, &f, sizeof bits);
+    return (uint16_t)((bits + 0xfff + (bits >> 13 & 1)) >> 13) - (112 << 10);
+}
+
+// One row in 8 bits. error[0] and error[1] become the sums of squares of what is lost and of all.
+static void quantize_row(int8_t *q, uint16_t *scale, const float *x, int64_t n, double *error) {
+    error[0] = error[1] = 0;
+    for (int64_t from = 0; from < n; from += 32) {
+        int64_t to = n - from < 32 ? n : from + 32;
+        float largest = 0;
+        for (int64_t i = from; i < to; i++) {
+            if (!(fabsf(x[i]) <= largest)) largest = fabsf(x[i]);
+        }
+        if (!(largest < 127 * 65504.0f)) error[0] = INFINITY;   // too large, or not a number
+        scale[from / 32] = to_f16(largest < 127 * 65504.0f ? largest / 127 : 0);
+        float step = from_f16(scale[from / 32]);
+        for (int64_t i = from; i < to; i++) {
+            float steps = step > 0 ? x[i] / step : 0;
+            q[i] = (int8_t)lrintf(steps > 127 ? 127 : steps < -127 ? -127 : steps);
+            double lost = (double)x[i] - (double)(step * q[i]);
+            error[0] += lost * lost;
+            error[1] += (double)x[i] * (double)x[i];
+        }
+    }
+}
+
+// Appends a matrix in 8 bits; returns the root of the mean squared error over that of the weights.
+static double write_quantized(FILE *f, const Tensor *w, const char *name) {
+    enum { BLOCK = 256 };                   // rows in memory at a time
+    int64_t groups = (w->cols + 31) / 32, padding = (64 - w->rows * w->cols % 64) % 64;
+    float *wide = allocate(BLOCK * w->cols, sizeof *wide, name);
+    int8_t *q = allocate(BLOCK * w->cols, sizeof *q, name);
+    uint16_t *scale = allocate(w->rows * groups, sizeof *scale, name);
+    double *error = allocate(BLOCK * 2, sizeof *error, name), sum[2] = {0};
+    for (int64_t from = 0; from < w->rows; from += BLOCK) {
+        int64_t rows = w->rows - from < BLOCK ? w->rows - from : BLOCK;
+        #pragma omp parallel for if (worth_threads(rows * w->cols))
+        for (int64_t r = 0; r < rows; r++) {
+            widen(wide + r * w->cols, w, from + r);
+            quantize_row(q + r * w->cols, scale + (from + r) * groups, wide + r * w->cols, w->cols,
+                         error + 2 * r);
+        }
+        for (int64_t i = 0; i < 2 * rows; i++) sum[i % 2] += error[i];
+        fwrite(q, 1, (size_t)(rows * w->cols), f);
+    }
+    fwrite((char[64]){0}, 1, (size_t)padding, f);
+    fwrite(scale, sizeof *scale, (size_t)(w->rows * groups), f);
+    release(wide);
+    release(q);
+    release(scale);
+    release(error);
+    return sum[1] > 0 ? sqrt(sum[0] / sum[1]) : sum[0];
+}
+
+// Writes the model to `path` with every matrix in 8 bits and all else as it is, and prints what each
+// lost. It grows under another name and takes its own at the end.
+static void model_quantize(const Model *m, const char *path) {
+    int64_t header_bytes = read_i64(m->file + 24), end = header_bytes;
+    unsigned char *header = allocate(header_bytes, 1, "header");
+    memcpy(header, m->file, (size_t)header_bytes);
+    for (int i = 0; i < m->n_tensors; i++) {
+        unsigned char *e = header + 192 + 96 * (int64_t)i;
+        uint32_t type = read_u32(e + 60) == 2 ? Q8 : read_u32(e + 56);
+        int64_t bytes = stored_bytes((int)type, m->tensors[i].rows, m->tensors[i].cols);
+        memcpy(e + 56, &type, sizeof type);
+        memcpy(e + 80, &end, sizeof end);
+        memcpy(e + 88, &bytes, sizeof bytes);
+        end += (bytes + 63) / 64 * 64;
+    }
+    memcpy(header + 16, &end, sizeof end);
+    uint32_t checksum = header_checksum(header, header_bytes);
+    memcpy(header + 32, &checksum, sizeof checksum);
+
+    Text aside = {0};
+    text_printf(&aside, "%s.tmp", path);
+    FILE *f = fopen(aside.s, "wb");
+    if (!f) die("%s: cannot be written: %s; choose another place", path, strerror(errno));
+    bool good = fwrite(header, 1, (size_t)header_bytes, f) > 0;
+    const char *bad = NULL;
+    printf("%-24s %8s x %-8s  relative error\n", "matrix", "rows", "columns");
+    for (int i = 0; i < m->n_tensors && good && !bad; i++) {
+        const char *name = tensor_name(m, i);
+        const Tensor *w = &m->tensors[i];
+        const unsigned char *e = header + 192 + 96 * (int64_t)i;
+        int64_t bytes = read_i64(e + 88);
+        if (read_u32(e + 60) == 2 && w->type != Q8) {
+            double error = write_quantized(f, w, name);
+            printf("%-24s %8lld x %-8lld  %.5f\n", name, (long long)w->rows, (long long)w->cols,
+                   error);
+            fflush(stdout);
+            if (!(error < INFINITY)) bad = name;
+        } else {
+            fwrite(w->data, 1, (size_t)bytes, f);
+        }
+        fwrite((char[64]){0}, 1, (size_t)((64 - bytes % 64) % 64), f);
+        good = !ferror(f);
+    }
+    if (fclose(f)) good = false;
+    if (bad || !good || rename(aside.s, path)) {
+        int reason = errno;
+        remove(aside.s);
+        if (bad) die("%s: tensor %s: has weights that are not numbers of 8 bits; leave it as it is",
+                     m->path, bad);
+        die("%s: cannot be written: %s; free space or choose another place", path, strerror(reason));
+    }
+    warn("%s: %.1f MB, of %.1f MB", path, (double)end / 1e6, (double)m->bytes / 1e6);
+    release(aside.s);
+    release(header);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -2354,7 +2523,7 @@ static void decode(const Tokenizer *t, int previous, int id, Text *out) {
 // What the command line asked for: the flags of section 12 write into this.
 static struct {
     const char *model, *prompt, *cosine, *probe, *sweep, *head, *path, *kv, *out, *log, *shard;
-    const char *svg, *kernels, **evals, **reports, *argument_flag;
+    const char *svg, *quantize, *kernels, **evals, **reports, *argument_flag;
     const Intervention *method;         // of `start`; `argument` is --seed or --times
     int64_t start, argument, n_evals, n_reports, layers, threads, limit, batch, tokens, sample_seed;
     double temperature, top_p, strength;
@@ -5166,6 +5335,7 @@ static const Flag flags[] = {
     {"cosine", "[TASK.tsv]", OPTIONAL, &options.cosine, 0, 0,
      "cosine similarity of hidden states, over a task or of --prompt"},
     {"report", "FILE ...", WORDS, &options.reports, 0, 0, "tables and figures of --out files"},
+    {"quantize", "OUT", WORD, &options.quantize, 0, 0, "write the model to OUT with 8-bit weights"},
     {"info", NULL, SWITCH, &options.info, 0, 0, "what the model file holds"},
     {"show", NULL, SWITCH, &options.show, 0, 0, "print the schedule and stop"},
     {"help", NULL, SWITCH, &options.help, 0, 0, "this text"},
@@ -5337,6 +5507,7 @@ static void run(const Wanted *w) {
     if (options.show && options.sweep) show_sweep(options.sweep, schedule.n_layers);
     else if (options.show) puts(schedule_text(&schedule));
     else if (options.info) print_info(m);
+    else if (options.quantize) model_quantize(m, options.quantize);
     else if (options.cosine) cosine(s, w, &schedule, task, options.prompt);
     else if (options.prompt && m->arch == BERT) fill_masks(s, &schedule);
     else if (options.prompt) continue_text(s, &schedule);
