@@ -5145,12 +5145,11 @@ static void evaluate(Session *s, const Wanted *w, Schedule schedule) {
     Task *train = w->probe ? task_load(w->probe) : NULL;
     Text id = {0};
     text_printf(&id, "#painters-results\t1\tmodel=%016llx\tfamily=%s\tlayers=%d\tbos=%s\tkv=%s\t"
-                "head=%s\tprobe=%016llx\tstrength=%g",
+                "head=%s",
                 w->out ? (unsigned long long)hash_bytes(m->file, m->bytes) : 0,
                 m->arch == LLAMA ? "llama" : "bert", m->n_layers,
                 m->arch == BERT ? "-" : w->bos ? "bos" : "no-bos", s->kv_mean ? "mean" : "exact",
-                w->head ? w->head : "-", (unsigned long long)(train ? train->hash : 0),
-                train ? w->strength : 0);
+                w->head ? w->head : "-");
     store_identity(st, id.s);
     if (train) check_task(train, m, true);
     for (int64_t i = 0; i < w->n_evals; i++) {
@@ -5160,6 +5159,12 @@ static void evaluate(Session *s, const Wanted *w, Schedule schedule) {
             die("%s: its kind or labels are not those of %s", t->path, train->path);
         }
         if (!train && t->kind->output == CLASSIFIES) match_labels(t, m, w->head);
+        if (train) {
+            Text line = {0};
+            text_printf(&line, "%s\tprobe=%016llx\tstrength=%g", t->identity,
+                        (unsigned long long)train->hash, w->strength);
+            t->identity = line.s;
+        }
         store_task(st, t);
         if (st->n_tasks == i) die("%s: task %s is given twice", t->path, t->name);
     }
@@ -5495,7 +5500,7 @@ static void check_options(void) {
 }
 
 // Everything that needs a model, or at least its number of layers.
-static void run(const Wanted *w) {
+static void run_command(const Wanted *w) {
     if (!options.model && options.layers < 0) {
         die("no model file; give one first: painters MODEL ... (or --help)");
     }
@@ -5534,7 +5539,7 @@ int main(int argc, char **argv) {
                 options.limit, options.batch, 1, 1, options.strength, options.bos};
     read_shard(&w);
     if (options.n_reports) report_files(&w);
-    else run(&w);
+    else run_command(&w);
     close_written(stdout, "stdout");
     return 0;
 }
