@@ -416,7 +416,7 @@ def finetune(out, steps):
 
 
 def main():
-    commands = {"llama": (train_llama, 4000), "bert": (train_bert, 4000),
+    commands = {"llama": (train_llama, 6000), "bert": (train_bert, 4000),
                 "finetune": (finetune, 3 * world.TRAIN // 32)}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("command", choices=("data", *commands))
