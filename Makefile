@@ -1,6 +1,6 @@
 # make          build ./painters (OpenMP is used where the compiler has it)
 # make test     build and run the tests: a C compiler and Python 3's standard library are enough
-# make demo     the paper in two minutes, on the small models of tests/models
+# make demo     the paper in two minutes, on the small models of tests/small
 # make paper    all of it, about an hour on two cores; stop and go on as you like
 # make debug    ./painters-debug with address and undefined-behaviour sanitizers
 # CC, CFLAGS and OPENMP are respected: make CC=clang CFLAGS=-O2 OPENMP=
@@ -39,37 +39,45 @@ test: painters
 
 # The small models and their tasks (tests/train.py made them).
 SMALL = tests/small
+LLAMA = ./painters $(SMALL)/llama.bin
+BERT = ./painters $(SMALL)/bert.bin
 LLAMA_TASKS = $(foreach t,science ending pronoun lastword sums,$(SMALL)/$(t).tsv)
 BERT_TASKS = accept sentiment paraphrase entail answers similar
+FINE_TUNED = accept accept-skip4 sentiment sentiment-skip4
 METHODS = skip,repeat,reverse,random:$(1),parallel,loop:$(2)
+SUM = "Question: Rosa has 4 bags with 4 pears in each bag. She loses 3. \
+How many pears does Rosa have now? Answer:"
 
 demo: painters
 	@mkdir -p demo
 	@for flags in "" "--drop 5" "--repeat 3" "--skip 2" "--loop 3 --times 3"; do \
 		echo "--- painters llama.bin --prompt ... $$flags"; \
-		./painters $(SMALL)/llama.bin --tokens 24 --quiet $$flags --prompt \
-		"Question: Rosa has 4 bags with 4 pears in each bag. She loses 3. How many pears does Rosa have now? Answer:"; \
-		done
-	./painters $(SMALL)/llama.bin --eval $(SMALL)/science.tsv $(SMALL)/lastword.tsv $(SMALL)/sums.tsv \
-		--limit 25 --sweep $(call METHODS,2,3) --svg demo/llama
-	./painters $(SMALL)/llama.bin --cosine $(SMALL)/lastword.tsv --limit 25 --svg demo/cosine.svg
-	./painters $(SMALL)/bert.bin --prompt "the [MASK] is in the garden ." --quiet
-	./painters $(SMALL)/bert.bin --eval $(SMALL)/answers.tsv --probe $(SMALL)/answers_train.tsv \
-		--limit 100 --skip 3 --threads 1
+		$(LLAMA) --tokens 24 --quiet $$flags --prompt $(SUM); \
+	done
+	$(LLAMA) --eval $(SMALL)/science.tsv $(SMALL)/pronoun.tsv $(SMALL)/sums.tsv --limit 25 \
+		--sweep $(call METHODS,2,3) --svg demo/llama
+	$(LLAMA) --cosine $(SMALL)/lastword.tsv --limit 25 --svg demo/cosine.svg
+	$(BERT) --prompt "the [MASK] is in the garden ." --quiet
+	./painters $(SMALL)/bert-sentiment.bin --eval $(SMALL)/sentiment.tsv --limit 100 \
+		--sweep $(call METHODS,2,3) --svg demo/bert
 
 # Every step goes on from where it was stopped.
 paper: painters
 	mkdir -p paper
-	./painters $(SMALL)/llama.bin --eval $(LLAMA_TASKS) --out paper/llama.out \
-		--sweep $(call METHODS,10,1-8),drop,swap --svg paper/llama >paper/llama.txt
-	./painters $(SMALL)/llama.bin --cosine $(SMALL)/lastword.tsv --limit 100 \
-		--svg paper/cosine-llama.svg >paper/cosine-llama.tsv
-	for task in $(BERT_TASKS); do ./painters $(SMALL)/bert.bin --eval $(SMALL)/$$task.tsv \
-		--probe $(SMALL)/$${task}_train.tsv --out paper/bert.out \
-		--sweep $(call METHODS,10,1-3),drop,swap >/dev/null || exit 1; done
+	$(LLAMA) --eval $(LLAMA_TASKS) --out paper/llama.out --sweep $(call METHODS,10,1-8),drop,swap \
+		--svg paper/llama >paper/llama.txt
+	$(LLAMA) --cosine $(SMALL)/lastword.tsv --limit 100 --svg paper/cosine-llama.svg \
+		>paper/cosine-llama.tsv
+	for task in $(BERT_TASKS); do $(BERT) --eval $(SMALL)/$$task.tsv --out paper/bert.out \
+		--probe $(SMALL)/$${task}_train.tsv --sweep $(call METHODS,10,1-3),drop,swap >/dev/null || exit 1; \
+	done
 	./painters --report paper/bert.out --svg paper/bert >paper/bert.txt
-	./painters $(SMALL)/bert.bin --cosine $(SMALL)/sentiment.tsv --limit 100 \
-		--svg paper/cosine-bert.svg >paper/cosine-bert.tsv
+	for model in $(FINE_TUNED); do ./painters $(SMALL)/bert-$$model.bin --out paper/$$model.out \
+		--eval $(SMALL)/$${model%-skip4}.tsv --sweep $(call METHODS,10,1-3),drop,swap \
+		--svg paper/$$model >paper/$$model.txt || exit 1; \
+	done
+	$(BERT) --cosine $(SMALL)/sentiment.tsv --limit 100 --svg paper/cosine-bert.svg \
+		>paper/cosine-bert.tsv
 
 clean:
 	rm -rf painters painters-debug painters-valgrind demo paper

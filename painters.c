@@ -5211,6 +5211,7 @@ static void add_cosines(Session *s, const Schedule *schedule, const Task *t, Req
     add_rows(s, t, &r, sequence_new(s, -1, r.n, 1), 0, r.n);
     forward(s, schedule);
     s->listener = NULL;
+    s->listener_data = NULL;
     #pragma omp parallel for
     for (int64_t pair = 0; pair < n * n; pair++) {
         const float *a = state + pair / n * size, *b = state + pair % n * size;
