@@ -1426,13 +1426,9 @@ typedef struct {
     int64_t capacity;           // own rows there is room for, a multiple of 16
     int64_t n_slots;            // places of the schedule that keep their keys and values. 1: they
                                 // are read in this pass only, and one slot serves every layer
-    bool by_node;               // slots are numbered over a tree of schedules, not along one
     float *data;                // [n_slots][kv_heads] x { K [capacity/16][head_dim][16],
     int64_t data_capacity;      //                         V [capacity][value_stride] }
 } Sequence;
-
-// Where a layer runs: its place along the schedule, and in the tree that the schedule is part of.
-typedef struct { int64_t slot, node; } Place;
 
 typedef struct { int sequence; int64_t row, n; } Run;   // rows of one sequence, standing together
 
@@ -1511,7 +1507,6 @@ static void sequence_open(Session *s, int64_t i, int parent, int64_t capacity, i
     Sequence *q = &s->sequences[i];
     q->parent = parent;
     q->length = q->pending = 0;
-    q->by_node = false;
     q->n_slots = n_slots;
     q->capacity = (capacity + 15) / 16 * 16;
     int64_t row = m->n_kv_heads * (m->head_dim + value_stride(m));
@@ -1574,16 +1569,17 @@ static void batch_add(Session *s, int sequence, int token, int segment) {
 }
 
 // The keys (or the values) of one KV head in a slot of a sequence.
-static float *cache_at(const Session *s, const Sequence *q, Place place, int head, bool values) {
+static float *cache_at(const Session *s, const Sequence *q, int64_t slot, int head,
+                       bool values) {
     const Model *m = s->model;
-    int64_t slot = q->n_slots == 1 ? 0 : q->by_node ? place.node : place.slot;
+    if (q->n_slots == 1) slot = 0;
     int64_t keys = q->capacity * m->head_dim, both = keys + q->capacity * value_stride(m);
     return q->data + (slot * m->n_kv_heads + head) * both + (values ? keys : 0);
 }
 
 // Writes the rows' keys and values into the cache: keys in blocks of 16 positions, transposed, so
 // that attention reads 16 keys at a time (Span, section 3).
-static void cache_store(Session *s, Place place, const float *k, const float *v) {
+static void cache_store(Session *s, int64_t slot, const float *k, const float *v) {
     const Model *m = s->model;
     int64_t d = m->head_dim, width = m->n_kv_heads * d, stride = value_stride(m);
     for (int64_t i = 0; i < s->batch.n_runs; i++) {
@@ -1591,8 +1587,8 @@ static void cache_store(Session *s, Place place, const float *k, const float *v)
         const Sequence *q = &s->sequences[run.sequence];
         #pragma omp parallel for if (worth_threads(run.n * width))
         for (int head = 0; head < m->n_kv_heads; head++) {
-            float *keys = cache_at(s, q, place, head, false);
-            float *values = cache_at(s, q, place, head, true);
+            float *keys = cache_at(s, q, slot, head, false);
+            float *values = cache_at(s, q, slot, head, true);
             for (int64_t r = 0; r < run.n; r++) {
                 int64_t at = q->length + r, from = (run.row + r) * width + head * d;
                 float *block = keys + at / 16 * 16 * d + at % 16;
@@ -1605,7 +1601,7 @@ static void cache_store(Session *s, Place place, const float *k, const float *v)
 
 // Attention of all rows over the keys of their sequences and ancestors: s->q in, s->att out. One
 // piece of work is a few rows of one sequence and one KV head.
-static void attention(Session *s, Place place) {
+static void attention(Session *s, int64_t slot) {
     enum { PIECE = 32 };
     const Model *m = s->model;
     int64_t group = m->n_heads / m->n_kv_heads, ld = (int64_t)m->n_heads * m->head_dim;
@@ -1634,8 +1630,8 @@ static void attention(Session *s, Place place) {
         int at = MAX_DEPTH;
         for (int i = run->sequence; i >= 0 && at > 0; i = s->sequences[i].parent) {
             const Sequence *q = &s->sequences[i];
-            spans[--at] = (Span){cache_at(s, q, place, head, false),
-                                 cache_at(s, q, place, head, true), q->length + q->pending};
+            spans[--at] = (Span){cache_at(s, q, slot, head, false),
+                                 cache_at(s, q, slot, head, true), q->length + q->pending};
         }
         int64_t past = s->batch.position[run->row] + row, from = (run->row + row) * ld;
         if (m->arch == BERT) past = run->n - n;                 // every row sees the whole sequence
@@ -1720,7 +1716,7 @@ static void divide(float *out, const float *x, int64_t n, int64_t by) {
 }
 
 // One layer on all rows of the batch: s->x in, s->x out. It knows neither schedule nor task.
-static void llama_layer(Session *s, const Layer *l, Place place) {
+static void llama_layer(Session *s, const Layer *l, int64_t slot) {
     const Model *m = s->model;
     int64_t n = s->batch.n_rows, d = m->dim, hidden = m->hidden;
     rms_norm(s->normed, s->x, l->attn_norm, m->norm_eps, n, d);
@@ -1729,8 +1725,8 @@ static void llama_layer(Session *s, const Layer *l, Place place) {
     matmul(s->v, s->normed, &l->v, NULL, n);
     rotate(s, s->q, m->n_heads);
     rotate(s, s->k, m->n_kv_heads);
-    cache_store(s, place, s->k, s->v);
-    attention(s, place);
+    cache_store(s, slot, s->k, s->v);
+    attention(s, slot);
     matmul(s->out, s->att, &l->o, NULL, n);
     add(s->x, s->out, n * d);
     rms_norm(s->normed, s->x, l->ffn_norm, m->norm_eps, n, d);
@@ -1743,14 +1739,14 @@ static void llama_layer(Session *s, const Layer *l, Place place) {
 }
 
 // The same for BERT: post-norm, biases, GELU, and every row sees the whole sequence.
-static void bert_layer(Session *s, const Layer *l, Place place) {
+static void bert_layer(Session *s, const Layer *l, int64_t slot) {
     const Model *m = s->model;
     int64_t n = s->batch.n_rows, d = m->dim, hidden = m->hidden;
     matmul(s->q, s->x, &l->q, l->q_bias, n);
     matmul(s->k, s->x, &l->k, l->k_bias, n);
     matmul(s->v, s->x, &l->v, l->v_bias, n);
-    cache_store(s, place, s->k, s->v);
-    attention(s, place);
+    cache_store(s, slot, s->k, s->v);
+    attention(s, slot);
     matmul(s->out, s->att, &l->o, l->o_bias, n);
     layer_norm(s->x, s->out, l->attn_norm, l->attn_norm_bias, m->norm_eps, n, d);
     matmul(s->up, s->x, &l->up, l->up_bias, n);
@@ -1760,9 +1756,9 @@ static void bert_layer(Session *s, const Layer *l, Place place) {
     layer_norm(s->x, s->out, l->ffn_norm, l->ffn_norm_bias, m->norm_eps, n, d);
 }
 
-static void run_layer(Session *s, int layer, Place place) {
-    if (s->model->arch == LLAMA) llama_layer(s, &s->model->layers[layer], place);
-    else bert_layer(s, &s->model->layers[layer], place);
+static void run_layer(Session *s, int layer, int64_t slot) {
+    if (s->model->arch == LLAMA) llama_layer(s, &s->model->layers[layer], slot);
+    else bert_layer(s, &s->model->layers[layer], slot);
     s->layer_passes++;
     s->layer_rows += s->batch.n_rows;
 }
@@ -1773,14 +1769,13 @@ static int64_t step_slots(const Session *s, int64_t n) { return s->kv_mean ? 1 :
 // One step of a schedule: its layers run one after another on the same input into one sum, in the
 // order they are named, and the sum is divided. Under --kv mean they share a slot: each layer reads
 // its own keys and values of this pass's rows there, and leaves the mean of the group behind.
-static void run_step(Session *s, const int *layers, int64_t n, Place place) {
+static void run_step(Session *s, const int *layers, int64_t n, int64_t slot) {
     const Model *m = s->model;
     int64_t size = s->batch.n_rows * m->dim, kv = s->batch.n_rows * m->n_kv_heads * m->head_dim;
     if (n > 1) memcpy(s->input, s->x, (size_t)size * sizeof *s->x);
     for (int64_t i = 0; i < n; i++) {
         if (i > 0) memcpy(s->x, s->input, (size_t)size * sizeof *s->x);
-        int64_t offset = s->kv_mean ? 0 : i;
-        run_layer(s, layers[i], (Place){place.slot + offset, place.node + offset});
+        run_layer(s, layers[i], slot + (s->kv_mean ? 0 : i));
         if (n == 1) break;
         if (i == 0) memcpy(s->sum, s->x, (size_t)size * sizeof *s->x);
         else add(s->sum, s->x, size);
@@ -1794,7 +1789,7 @@ static void run_step(Session *s, const int *layers, int64_t n, Place place) {
     if (n > 1 && s->kv_mean) {
         divide(s->k, s->k_sum, kv, n);
         divide(s->v, s->v_sum, kv, n);
-        cache_store(s, place, s->k, s->v);
+        cache_store(s, slot, s->k, s->v);
     }
     if (s->listener) s->listener(s, s->listener_data);
 }
@@ -1861,12 +1856,10 @@ static void batch_commit(Session *s) {
 // states, [rows][dim], before the final norm; logits() and batch_commit() usually follow.
 static void forward(Session *s, const Schedule *schedule) {
     embed(s);
-    Place place = {0, 0};
-    for (int64_t i = 0; i < schedule->n_steps; i++) {
+    for (int64_t i = 0, slot = 0; i < schedule->n_steps; i++) {
         int64_t n = schedule->first[i + 1] - schedule->first[i];
-        run_step(s, schedule->layer + schedule->first[i], n, place);
-        place.slot += step_slots(s, n);
-        place.node = place.slot;
+        run_step(s, schedule->layer + schedule->first[i], n, slot);
+        slot += step_slots(s, n);
     }
 }
 
@@ -2526,9 +2519,11 @@ static struct {
     const char *svg, *quantize, *kernels, **evals, **reports, *argument_flag;
     const Intervention *method;         // of `start`; `argument` is --seed or --times
     int64_t start, argument, n_evals, n_reports, layers, threads, limit, batch, tokens, sample_seed;
+    int64_t part, n_parts;              // --shard
     double temperature, top_p, strength;
     bool info, show, bos, no_bos, help;
-} options = {.layers = -1, .limit = -1, .batch = 2048, .tokens = 256, .top_p = 1, .strength = 1};
+} options = {.layers = -1, .limit = -1, .batch = 2048, .tokens = 256, .top_p = 1, .strength = 1,
+             .part = 1, .n_parts = 1};
 
 // Opens a model file. Dies where the file is not what it should be. The embedding API is this,
 // encode() and decode(), session_new(), sequence_new(), batch_add(), forward(), logits(),
@@ -3536,14 +3531,6 @@ static Task *task_load(const char *path) {
 // 9. Sweeps: schedules walked as a tree over batches of items, and what is kept of it
 // ------------------------------------------------------------------------------------------------
 
-// What a run is asked for; the command line fills it in.
-typedef struct {
-    const char **evals, **reports, *probe, *sweep, *head, *out, *log, *svg;
-    int64_t n_evals, n_reports, limit, batch_tokens, shard, n_shards;
-    double strength;
-    bool bos;
-} Wanted;
-
 typedef struct {             // one metric of one task under one schedule, ready to print or draw
     const char *task, *metric;
     const char *method;      // "baseline", a name from `interventions`, or "path"
@@ -3792,7 +3779,6 @@ static int64_t plan_walk(Entry **entry, int64_t n) {
 
 typedef struct {                // the evaluator at work on the items of one task
     Session *s;
-    const Wanted *w;
     Store store;
     Entry **entry;              // [n]: the schedules of a walk, in its order
     int64_t n;
@@ -3823,9 +3809,9 @@ static void stop_if_interrupted(const Evaluation *e) {
 
 // Whether this run has still to answer an item of the task under a schedule.
 static bool due(const Evaluation *e, Entry *x, int64_t item) {
-    const Wanted *w = e->w;
     if (e->pooling) return true;
-    if ((w->limit >= 0 && item >= w->limit) || item % w->n_shards != w->shard - 1) return false;
+    if (options.limit >= 0 && item >= options.limit) return false;
+    if (item % options.n_parts != options.part - 1) return false;
     return kept_of(&e->store, x, e->task, item)[0] == MISSING;
 }
 
@@ -3992,7 +3978,7 @@ static void walk(Evaluation *e) {
                 memcpy(saved[n_saved++], s->x, (size_t)size * sizeof *s->x);
             }
             stop_if_interrupted(e);
-            run_step(s, sc->layer + at, sc->first[depth + 1] - at, (Place){slot, slot});
+            run_step(s, sc->layer + at, sc->first[depth + 1] - at, slot);
         }
         e->separate_passes += sc->n_slots;
         if (e->t->kind->output == SCORES) score_requests(e);
@@ -4043,7 +4029,7 @@ static void open_batch(Evaluation *e, int64_t from) {
         if (end > to + 1) shared = common_tokens(t, r + to, end - to);
         for (int64_t i = to; i < end; i++) rows += r[i].n - shared;
         rows += shared - e->prefix;
-        if (to > from && s->batch.n_rows + rows > e->w->batch_tokens) break;
+        if (to > from && s->batch.n_rows + rows > options.batch) break;
         int parent = prefix;
         int64_t parent_row = s->batch.n_rows - e->prefix;
         if (shared > e->prefix) {
@@ -4111,7 +4097,7 @@ static void generate(Evaluation *e) {
             Request *r = &t->requests[next];
             int64_t rows = r->n - e->prefix, room = rows + t->max_tokens;
             cached += room;
-            if (n && (s->batch.n_rows + rows > e->w->batch_tokens ||
+            if (n && (s->batch.n_rows + rows > options.batch ||
                       (double)cached * row_bytes > CACHE_MEGABYTES * 1e6)) break;
             int q = text[n].sequence;           // of a text that has ended
             if (n < opened) sequence_open(s, q, prefix, room, n_slots);
@@ -4155,7 +4141,7 @@ static void run_requests(Evaluation *e) {
     for (int64_t item = 0; item < t->n_items; item++) {
         bool any = false;
         for (int64_t k = 0; k < e->n && !any; k++) any = due(e, e->entry[k], item);
-        if (any) t->kind->ask(t, e->s->model, e->w->bos, item);
+        if (any) t->kind->ask(t, e->s->model, options.bos, item);
     }
     e->prefix = common_prefix(e->s, t);
     e->prefix_kept = false;
@@ -5073,12 +5059,12 @@ static void show_results(const Store *st, const char *svg) {
 }
 
 // --report FILE ...: tables and figures of finished results, no model needed.
-static void report_files(const Wanted *w) {
+static void report_files(void) {
     Store st = {0};
-    for (int64_t i = 0; i < w->n_reports; i++) store_read(&st, w->reports[i]);
+    for (int64_t i = 0; i < options.n_reports; i++) store_read(&st, options.reports[i]);
     st.n_wanted = st.n_entries;
     st.n_wanted_tasks = st.n_tasks;
-    show_results(&st, w->svg);
+    show_results(&st, options.svg);
 }
 
 // --probe: pools the features of the train items under the schedules of the walk, and fits a
@@ -5098,7 +5084,7 @@ static void fit_probes(Evaluation *e, Task *train) {
     for (int64_t k = 0; k < e->n; k++) {
         Entry *x = e->entry[k];
         x->weights = allocate(outputs * (d + 1), sizeof *x->weights, "probes");
-        probe_fit(x->features, gold, train->n_items, d, outputs, e->w->strength, x->weights);
+        probe_fit(x->features, gold, train->n_items, d, outputs, options.strength, x->weights);
         release(x->features);
         stop_if_interrupted(e);
     }
@@ -5138,56 +5124,57 @@ static void run_tasks(Evaluation *e, Task *train) {
 }
 
 // --eval: all tasks under one schedule, or under those of a sweep.
-static void evaluate(Session *s, const Wanted *w, Schedule schedule) {
+static void evaluate(Session *s, Schedule schedule) {
     const Model *m = s->model;
-    Evaluation e = {.s = s, .w = w, .store = {.layers = m->n_layers}};
+    Evaluation e = {.s = s, .store = {.layers = m->n_layers}};
     Store *st = &e.store;
-    Task *train = w->probe ? task_load(w->probe) : NULL;
+    Task *train = options.probe ? task_load(options.probe) : NULL;
     Text id = {0};
     text_printf(&id, "#painters-results\t1\tmodel=%016llx\tfamily=%s\tlayers=%d\tbos=%s\tkv=%s\t"
                 "head=%s",
-                w->out ? (unsigned long long)hash_bytes(m->file, m->bytes) : 0,
+                options.out ? (unsigned long long)hash_bytes(m->file, m->bytes) : 0,
                 m->arch == LLAMA ? "llama" : "bert", m->n_layers,
-                m->arch == BERT ? "-" : w->bos ? "bos" : "no-bos", s->kv_mean ? "mean" : "exact",
-                w->head ? w->head : "-");
+                m->arch == BERT ? "-" : options.bos ? "bos" : "no-bos",
+                s->kv_mean ? "mean" : "exact",
+                options.head ? options.head : "-");
     store_identity(st, id.s);
     if (train) check_task(train, m, true);
-    for (int64_t i = 0; i < w->n_evals; i++) {
-        Task *t = task_load(w->evals[i]);
+    for (int64_t i = 0; i < options.n_evals; i++) {
+        Task *t = task_load(options.evals[i]);
         check_task(t, m, train != NULL);
         if (train && (train->kind != t->kind || train->n_labels != t->n_labels)) {
             die("%s: its kind or labels are not those of %s", t->path, train->path);
         }
-        if (!train && t->kind->output == CLASSIFIES) match_labels(t, m, w->head);
+        if (!train && t->kind->output == CLASSIFIES) match_labels(t, m, options.head);
         if (train) {
             Text line = {0};
             text_printf(&line, "%s\tprobe=%016llx\tstrength=%g", t->identity,
-                        (unsigned long long)train->hash, w->strength);
+                        (unsigned long long)train->hash, options.strength);
             t->identity = line.s;
         }
         store_task(st, t);
         if (st->n_tasks == i) die("%s: task %s is given twice", t->path, t->name);
     }
-    if (w->sweep) sweep_schedules(st, w->sweep);
+    if (options.sweep) sweep_schedules(st, options.sweep);
     else store_schedule(st, schedule);
     st->n_wanted = st->n_entries;
     st->n_wanted_tasks = st->n_tasks;
-    if (w->out) store_open(st, w->out);
-    if (w->log) {
-        e.log = open_written(w->log, "w");
+    if (options.out) store_open(st, options.out);
+    if (options.log) {
+        e.log = open_written(options.log, "w");
         fputs("#task\tschedule\titem\tstate (2: cut)\tkept values\tscores or text\n", e.log);
     }
     signal(SIGINT, on_interrupt);
     signal(SIGTERM, on_interrupt);
     run_tasks(&e, train);
     if (st->out) close_written(st->out, st->path);
-    if (e.log) close_written(e.log, w->log);
-    if (w->sweep && s->layer_passes) {
+    if (e.log) close_written(e.log, options.log);
+    if (options.sweep && s->layer_passes) {
         warn("layer passes: %lld run, %lld for a run of its own per schedule: %.2f times less",
              (long long)s->layer_passes, (long long)e.separate_passes,
              (double)e.separate_passes / (double)s->layer_passes);
     }
-    show_results(st, w->svg);
+    show_results(st, options.svg);
 }
 
 // The listener of --cosine: keeps the states between steps, one copy of the rows each.
@@ -5227,19 +5214,19 @@ static void add_cosines(Session *s, const Schedule *schedule, const Task *t, Req
 }
 
 // The sequences of a task file, or the one of a prompt, for --cosine.
-static Task *cosine_task(const Model *m, const Wanted *w, const char *path, const char *prompt) {
-    if (path) {
-        Task *t = task_load(path);
+static Task *cosine_task(const Model *m) {
+    if (*options.cosine) {
+        Task *t = task_load(options.cosine);
         check_task(t, m, false);
-        for (int64_t i = 0; i < t->n_items && (w->limit < 0 || i < w->limit); i++) {
-            t->kind->ask(t, m, w->bos, i);
+        for (int64_t i = 0; i < t->n_items && (options.limit < 0 || i < options.limit); i++) {
+            t->kind->ask(t, m, options.bos, i);
         }
         return t;
     }
     Task *t = allocate(1, sizeof *t, "task");
     Request *r = new_request(t, 0);
-    if ((m->arch == BERT || w->bos) && m->bos >= 0) ids_push(&t->pool, m->bos);
-    encode(need_tokenizer(m), prompt, (int64_t)strlen(prompt), &t->pool);
+    if ((m->arch == BERT || options.bos) && m->bos >= 0) ids_push(&t->pool, m->bos);
+    encode(need_tokenizer(m), options.prompt, (int64_t)strlen(options.prompt), &t->pool);
     if (m->arch == BERT && m->eos >= 0) ids_push(&t->pool, m->eos);
     r->n = r->segment_from = t->pool.n;
     if (!r->n) die("--prompt: no tokens; give some text");
@@ -5248,9 +5235,8 @@ static Task *cosine_task(const Model *m, const Wanted *w, const char *path, cons
 
 // --cosine: the paper's similarity matrix, averaged over a task's sequences or of one prompt, one
 // sequence in memory at a time.
-static void cosine(Session *s, const Wanted *w, const Schedule *schedule, const char *path,
-                   const char *prompt) {
-    Task *t = cosine_task(s->model, w, path, prompt);
+static void cosine(Session *s, const Schedule *schedule) {
+    Task *t = cosine_task(s->model);
     Text heading = {0};
     int n;
     text_printf(&heading, "emb %s", schedule_text(schedule));
@@ -5276,8 +5262,8 @@ static void cosine(Session *s, const Wanted *w, const Schedule *schedule, const 
         }
     }
     putchar('\n');
-    if (w->svg) {
-        heatmap_svg(w->svg, "Cosine similarity of hidden states", sum, n, n, "state after",
+    if (options.svg) {
+        heatmap_svg(options.svg, "Cosine similarity of hidden states", sum, n, n, "state after",
                     "state after", name, name, lowest, 1);
     }
 }
@@ -5470,12 +5456,12 @@ static Schedule chosen_schedule(int T) {
 }
 
 // I/N of --shard.
-static void read_shard(Wanted *w) {
+static void read_shard(void) {
     const char *text = options.shard ? options.shard : "1/1", *slash = strchr(text, '/');
     char first[8] = "";
     if (slash && slash - text < 8) memcpy(first, text, (size_t)(slash - text));
-    if (!slash || !parse_int(slash + 1, 1, 1000000, &w->n_shards) ||
-        !parse_int(first, 1, w->n_shards, &w->shard)) {
+    if (!slash || !parse_int(slash + 1, 1, 1000000, &options.n_parts) ||
+        !parse_int(first, 1, options.n_parts, &options.part)) {
         die("--shard: \"%s\" is not I/N with I from 1 to N, as in 2/8", text);
     }
 }
@@ -5501,7 +5487,7 @@ static void check_options(void) {
 }
 
 // Everything that needs a model, or at least its number of layers.
-static void run_command(const Wanted *w) {
+static void run_command(void) {
     if (!options.model && options.layers < 0) {
         die("no model file; give one first: painters MODEL ... (or --help)");
     }
@@ -5509,15 +5495,14 @@ static void run_command(const Wanted *w) {
     Schedule schedule = chosen_schedule(m ? m->n_layers : (int)options.layers);
     Session *s = session_new(m);
     s->kv_mean = options.kv && !strcmp(options.kv, "mean");
-    const char *task = options.cosine && *options.cosine ? options.cosine : NULL;
     if (options.show && options.sweep) show_sweep(options.sweep, schedule.n_layers);
     else if (options.show) puts(schedule_text(&schedule));
     else if (options.info) print_info(m);
     else if (options.quantize) model_quantize(m, options.quantize);
-    else if (options.cosine) cosine(s, w, &schedule, task, options.prompt);
+    else if (options.cosine) cosine(s, &schedule);
     else if (options.prompt && m->arch == BERT) fill_masks(s, &schedule);
     else if (options.prompt) continue_text(s, &schedule);
-    else if (options.n_evals) evaluate(s, w, schedule);
+    else if (options.n_evals) evaluate(s, schedule);
     else die("nothing to do; add --prompt TEXT, --eval TASK.tsv, --info, ... (see --help)");
     session_free(s);
     if (m) model_free(m);
@@ -5535,12 +5520,9 @@ int main(int argc, char **argv) {
 #ifdef _OPENMP
     if (options.threads) omp_set_num_threads((int)options.threads);
 #endif
-    Wanted w = {options.evals, options.reports, options.probe, options.sweep, options.head,
-                options.out, options.log, options.svg, options.n_evals, options.n_reports,
-                options.limit, options.batch, 1, 1, options.strength, options.bos};
-    read_shard(&w);
-    if (options.n_reports) report_files(&w);
-    else run_command(&w);
+    read_shard();
+    if (options.n_reports) report_files();
+    else run_command();
     close_written(stdout, "stdout");
     return 0;
 }
