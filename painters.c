@@ -673,7 +673,7 @@ static void model_parts(Model *m, const char *prefix, const Part *p, size_t n) {
     for (; n; p++, n--) {
         if (!p->wanted) continue;
         char name[160];
-        snprintf(name, sizeof name, "%s%s", prefix, p->name);
+        snprintf(name, sizeof name, "%.79s%.79s", prefix, p->name);
         const Tensor *t = model_find(m, name);
         need(m, t && t->rows == (p->rows ? p->rows : 1) && t->cols == p->cols, name,
              "the tensor is missing, or not of the shape that the header says");
