@@ -2,6 +2,7 @@
 # make test     build and run the tests: a C compiler and Python 3's standard library are enough
 # make demo     the paper in two minutes, on the small models of tests/small
 # make paper    all of it, about an hour on two cores; stop and go on as you like
+# make bench    speed beside llama.cpp and transformers: make bench PEERS=a python that has them
 # make debug    ./painters-debug with address and undefined-behaviour sanitizers
 # CC, CFLAGS and OPENMP are respected: make CC=clang CFLAGS=-O2 OPENMP=
 
@@ -36,6 +37,11 @@ debug: painters-debug
 
 test: painters
 	CC='$(CC)' $(PYTHON) tests
+
+PEERS ?= $(PYTHON)
+
+bench:
+	CC='$(CC)' $(PYTHON) tests/bench.py --python $(PEERS)
 
 # The small models and their tasks (tests/train.py made them).
 SMALL = tests/small
@@ -82,4 +88,4 @@ paper: painters
 clean:
 	rm -rf painters painters-debug painters-valgrind demo paper
 
-.PHONY: debug test demo paper clean
+.PHONY: debug test bench demo paper clean

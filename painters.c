@@ -1084,7 +1084,7 @@ INLINE vec load_scale(const uint16_t *p) {
 // c[rows][WIDE] = or += a[rows][depth] . b[depth][WIDE].
 INLINE void tile_of(const int rows, float *c, int64_t ldc, const float *a, int64_t lda,
                     const float *b, int64_t ldb, int64_t depth, bool more) {
-    vec sum[ROWS][VECS];
+    vec sum[6][VECS];
     UNROLL for (int i = 0; i < rows; i++) {
         UNROLL for (int v = 0; v < VECS; v++) {
             sum[i][v] = more ? load(c + i * ldc + v * LANES) : (vec){0};
@@ -1109,10 +1109,7 @@ static void tile(int64_t rows, float *c, int64_t ldc, const float *a, int64_t ld
         n = (rows + left - 1) / left;
         switch (n) {
 #define TILE(n) case n: tile_of(n, c, ldc, a, lda, b, ldb, depth, more); break
-            TILE(1); TILE(2);
-#if ROWS > 2
-            TILE(3); TILE(4); TILE(5); TILE(6);
-#endif
+            TILE(1); TILE(2); TILE(3); TILE(4); TILE(5); TILE(6);
 #undef TILE
         }
         c += n * ldc, a += n * lda, rows -= n;
@@ -1452,7 +1449,8 @@ struct Session {                // everything a forward pass needs beside the mo
     float *q, *att;                             // [rows][heads * head_dim]
     float *k, *v, *k_sum, *v_sum;               // [rows][kv_heads * head_dim]
     float *gate, *up;                           // [rows][hidden]
-    int64_t work_rows;                          // rows that these have room for
+    float *work;                                // what all these are pieces of,
+    int64_t work_rows;                          // and the rows they have room for
     int64_t layer_passes, layer_rows;           // layers run so far, and rows they ran on
     void (*listener)(Session *s, void *data);   // called on x after the embedding and each step
     void *listener_data;
@@ -1471,12 +1469,6 @@ static Session *session_new(const Model *m) {
     return s;
 }
 
-static void session_release_work(Session *s) {
-    float *work[] = {s->x, s->normed, s->out, s->input, s->sum, s->q, s->att, s->k, s->v,
-                     s->k_sum, s->v_sum, s->gate, s->up};
-    for (size_t i = 0; i < sizeof work / sizeof *work; i++) release(work[i]);
-}
-
 static void batch_free(Batch *b) {
     release(b->token);
     release(b->segment);
@@ -1488,7 +1480,7 @@ static void batch_free(Batch *b) {
 
 static void session_free(Session *s) {
     for (int64_t i = 0; i < s->sequences_capacity; i++) release(s->sequences[i].data);
-    session_release_work(s);
+    release(s->work);
     batch_free(&s->batch);
     release(s->sequences);
     release(s);
@@ -1611,12 +1603,12 @@ static void attention(Session *s, int64_t slot) {
         n_pieces += (run->n + PIECE - 1) / PIECE;
         operations += run->n * (s->batch.position[run->row] + run->n) * ld;
     }
-    int *piece_run = allocate(n_pieces, sizeof *piece_run, "attention");
-    int64_t *piece_row = allocate(n_pieces, sizeof *piece_row, "attention");
+    struct { const Run *run; int64_t row; } *pieces = allocate(n_pieces, sizeof *pieces, "attention");
     for (int64_t i = 0, at = 0; i < s->batch.n_runs; i++) {
-        for (int64_t r = 0; r < s->batch.runs[i].n; r += PIECE, at++) {
-            piece_run[at] = (int)i;
-            piece_row[at] = r;
+        const Run *run = &s->batch.runs[i];
+        for (int64_t r = 0; r < run->n; r += PIECE, at++) {
+            pieces[at].run = run;
+            pieces[at].row = r;
         }
     }
     (void)operations;                       // without OpenMP
@@ -1624,8 +1616,8 @@ static void attention(Session *s, int64_t slot) {
     for (int64_t work = 0; work < n_pieces * m->n_kv_heads; work++) {
         int64_t piece = n_pieces - 1 - work / m->n_kv_heads;    // the longest rows first
         int head = (int)(work % m->n_kv_heads);
-        const Run *run = &s->batch.runs[piece_run[piece]];
-        int64_t row = piece_row[piece], n = run->n - row < PIECE ? run->n - row : PIECE;
+        const Run *run = pieces[piece].run;
+        int64_t row = pieces[piece].row, n = run->n - row < PIECE ? run->n - row : PIECE;
         Span spans[MAX_DEPTH];
         int at = MAX_DEPTH;
         for (int i = run->sequence; i >= 0 && at > 0; i = s->sequences[i].parent) {
@@ -1639,22 +1631,7 @@ static void attention(Session *s, int64_t slot) {
         attend(s->att + from, s->q + from, ld, n, group, m->head_dim, spans + at, MAX_DEPTH - at,
                past, m->arch == LLAMA);
     }
-    release(piece_run);
-    release(piece_row);
-}
-
-// Sums in 16 fixed lanes, so that the compiler may vectorise without changing the result.
-static float lane_sum(const float *x, const float *y, int64_t n) {
-    float lane[16] = {0};
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-        for (int j = 0; j < 16; j++) lane[j] += x[i + j] * y[i + j];
-    }
-    for (int j = 0; i + j < n; j++) lane[j] += x[i + j] * y[i + j];
-    for (int half = 8; half > 0; half /= 2) {
-        for (int j = 0; j < half; j++) lane[j] += lane[j + half];
-    }
-    return lane[0];
+    release(pieces);
 }
 
 // RMSNorm (Zhang and Sennrich 2019): out = x / rms(x) * weight, for n rows of d.
@@ -1663,7 +1640,7 @@ static void rms_norm(float *out, const float *x, const float *weight, float eps,
     #pragma omp parallel for if (worth_threads(n * d))
     for (int64_t r = 0; r < n; r++) {
         const float *in = x + r * d;
-        float scale = 1.0f / sqrtf(lane_sum(in, in, d) / (float)d + eps);
+        float scale = 1.0f / sqrtf(dot(in, in, d) / (float)d + eps);
         for (int64_t i = 0; i < d; i++) out[r * d + i] = weight[i] * (in[i] * scale);
     }
 }
@@ -1708,6 +1685,12 @@ static void rotate(const Session *s, float *x, int n_heads) {
 static void add(float *x, const float *y, int64_t n) {
     #pragma omp parallel for if (worth_threads(n))
     for (int64_t i = 0; i < n; i++) x[i] += y[i];
+}
+
+// sum = x, or += x from the second on.
+static void accumulate(float *sum, const float *x, int64_t n, bool first) {
+    if (first) memcpy(sum, x, (size_t)n * sizeof *x);
+    else add(sum, x, n);
 }
 
 static void divide(float *out, const float *x, int64_t n, int64_t by) {
@@ -1777,13 +1760,10 @@ static void run_step(Session *s, const int *layers, int64_t n, int64_t slot) {
         if (i > 0) memcpy(s->x, s->input, (size_t)size * sizeof *s->x);
         run_layer(s, layers[i], slot + (s->kv_mean ? 0 : i));
         if (n == 1) break;
-        if (i == 0) memcpy(s->sum, s->x, (size_t)size * sizeof *s->x);
-        else add(s->sum, s->x, size);
+        accumulate(s->sum, s->x, size, i == 0);
         if (!s->kv_mean) continue;
-        if (i == 0) memcpy(s->k_sum, s->k, (size_t)kv * sizeof *s->k);
-        else add(s->k_sum, s->k, kv);
-        if (i == 0) memcpy(s->v_sum, s->v, (size_t)kv * sizeof *s->v);
-        else add(s->v_sum, s->v, kv);
+        accumulate(s->k_sum, s->k, kv, i == 0);
+        accumulate(s->v_sum, s->v, kv, i == 0);
     }
     if (n > 1) divide(s->x, s->sum, size, n);
     if (n > 1 && s->kv_mean) {
@@ -1800,17 +1780,20 @@ static void session_room(Session *s) {
     if (s->batch.n_rows <= s->work_rows) return;
     int64_t n = (s->batch.n_rows + 15) / 16 * 16, q = (int64_t)m->n_heads * m->head_dim;
     int64_t kv = (int64_t)m->n_kv_heads * m->head_dim;
-    session_release_work(s);
     const struct { float **p; int64_t width; } wanted[] = {
         {&s->x, m->dim}, {&s->normed, m->dim}, {&s->out, m->dim}, {&s->input, m->dim},
         {&s->sum, m->dim}, {&s->q, q}, {&s->att, q}, {&s->k, kv}, {&s->v, kv}, {&s->k_sum, kv},
         {&s->v_sum, kv}, {&s->gate, m->hidden}, {&s->up, m->hidden}};
-    for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) *wanted[i].p = NULL;
+    enum { PIECES = sizeof wanted / sizeof *wanted };
+    int64_t width = 0;
+    for (int i = 0; i < PIECES; i++) width += wanted[i].width;
+    release(s->work);
     s->work_rows = 0;
-    for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) {
-        *wanted[i].p = allocate(n * wanted[i].width, sizeof(float), "activations of a batch");
-    }
+    s->work = NULL;
+    s->work = allocate(n * width, sizeof(float), "activations of a batch");
     s->work_rows = n;
+    float *at = s->work;
+    for (int i = 0; i < PIECES; at += n * wanted[i++].width) *wanted[i].p = at;
 }
 
 // Starts a pass: the rows' embeddings in s->x.
@@ -1868,16 +1851,23 @@ static int64_t schedule_slots(const Session *s, const Schedule *schedule) {
     return s->kv_mean ? schedule->n_steps : schedule->n_slots;
 }
 
+// A copy of chosen rows of x: [n][dim].
+static float *pick_rows(const Session *s, const int64_t *rows, int64_t n) {
+    int64_t d = s->model->dim;
+    float *picked = allocate(n * d, sizeof *picked, "rows to score");
+    for (int64_t i = 0; i < n; i++) {
+        memcpy(picked + i * d, s->x + rows[i] * d, (size_t)d * sizeof *picked);
+    }
+    return picked;
+}
+
 // The output distribution of chosen rows of x, before softmax: Llama's head or BERT's masked-LM
 // head. out: [n][vocab].
 static void logits(Session *s, const int64_t *rows, int64_t n, float *out) {
     const Model *m = s->model;
     int64_t d = m->dim;
-    float *picked = allocate(n * d, sizeof *picked, "rows to score");
+    float *picked = pick_rows(s, rows, n);
     float *hidden = allocate(n * d, sizeof *hidden, "rows to score");
-    for (int64_t i = 0; i < n; i++) {
-        memcpy(picked + i * d, s->x + rows[i] * d, (size_t)d * sizeof *picked);
-    }
     if (m->arch == LLAMA) {
         rms_norm(hidden, picked, m->norm, m->norm_eps, n, d);
         matmul(out, hidden, &m->output, NULL, n);
@@ -1897,10 +1887,7 @@ static void pooled(Session *s, const int64_t *rows, int64_t n, float *out) {
     const Model *m = s->model;
     int64_t d = m->dim;
     if (!m->has_pooler) die("%s: has no pooler; export a checkpoint with one", m->path);
-    float *picked = allocate(n * d, sizeof *picked, "rows to pool");
-    for (int64_t i = 0; i < n; i++) {
-        memcpy(picked + i * d, s->x + rows[i] * d, (size_t)d * sizeof *picked);
-    }
+    float *picked = pick_rows(s, rows, n);
     matmul(out, picked, &m->pooler, m->pooler_bias, n);
     for (int64_t i = 0; i < n * d; i++) out[i] = tanhf(out[i]);
     release(picked);

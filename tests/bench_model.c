@@ -1,0 +1,65 @@
+// The program's passes at work for tests/bench.py: reads lines from stdin, answers each with seconds.
+//   prefill TOKENS               one sequence from nothing, and the logits of its last token
+//   decode STEPS SEQUENCES PAST  steps of all sequences behind PAST tokens each, with their logits
+//   encode SEQUENCES TOKENS      BERT's hidden states
+//   cc -O3 -fopenmp tests/bench_model.c -o bench_model -lm && ./bench_model MODEL [kernels]
+#define PAINTERS_NO_MAIN
+#include "../painters.c"
+
+static void add_tokens(Session *s, int sequence, int64_t n) {
+    static uint32_t seed = 1;
+    for (int64_t i = 0; i < n; i++) {
+        seed = seed * 1664525 + 1013904223;
+        batch_add(s, sequence, (int)((seed >> 8) % (uint32_t)s->model->vocab_size), 0);
+    }
+}
+
+static void pass(Session *s, const Schedule *schedule, const int64_t *rows, int64_t n, float *out) {
+    forward(s, schedule);
+    if (n) logits(s, rows, n, out);
+    batch_commit(s);
+}
+
+int main(int argc, char **argv) {
+    if (argc < 2) die("a model file, please");
+    if (argc > 2) kernels_wanted = argv[2];
+    Model *m = model_load(argv[1]);
+    Session *s = session_new(m);
+    Schedule schedule = schedule_build(NULL, m->n_layers, -1, 0);
+    int64_t slots = schedule_slots(s, &schedule);
+    char line[200];
+    printf("%s\n", kernels_name());
+    while (fflush(stdout), fgets(line, sizeof line, stdin)) {
+        char what[20];
+        long long a = 0, b = 1, c = 0;
+        if (sscanf(line, "%19s %lld %lld %lld", what, &a, &b, &c) < 2) die("what is: %s", line);
+        float *out = allocate(b * m->vocab_size, sizeof *out, "logits");
+        int64_t *rows = allocate(b, sizeof *rows, "rows");
+        double start = seconds();
+        session_reset(s, 0);
+        if (!strcmp(what, "prefill")) {
+            sequence_new(s, -1, a, slots);
+            add_tokens(s, 0, a);
+            rows[0] = a - 1;
+            pass(s, &schedule, rows, 1, out);
+        } else if (!strcmp(what, "encode")) {
+            for (int i = 0; i < a; i++) add_tokens(s, sequence_new(s, -1, b, 1), b);
+            pass(s, &schedule, NULL, 0, NULL);
+        } else {
+            for (int i = 0; i < b; i++) {
+                rows[i] = i;
+                add_tokens(s, sequence_new(s, -1, a + c, slots), c);
+            }
+            pass(s, &schedule, NULL, 0, NULL);
+            start = seconds();
+            for (int64_t step = 0; step < a; step++) {
+                for (int i = 0; i < b; i++) add_tokens(s, i, 1);
+                pass(s, &schedule, rows, b, out);
+            }
+        }
+        printf("%.6f\n", seconds() - start);
+        release(out);
+        release(rows);
+    }
+    return 0;
+}
