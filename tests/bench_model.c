@@ -22,7 +22,7 @@ static void pass(Session *s, const Schedule *schedule, const int64_t *rows, int6
 
 int main(int argc, char **argv) {
     if (argc < 2) die("a model file, please");
-    if (argc > 2) kernels_wanted = argv[2];
+    if (argc > 2) options.kernels = argv[2];
     Model *m = model_load(argv[1]);
     Session *s = session_new(m);
     Schedule schedule = schedule_build(NULL, m->n_layers, -1, 0);
