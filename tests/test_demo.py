@@ -29,7 +29,7 @@ def made_with():
                               text=True, check=False).stdout.splitlines()[0]
     kernels = re.search(r"kernels\s+(\S+)", common.run(os.path.join(SMALL, "llama.bin"), "--info")
                         .decode()).group(1)
-    flags = os.environ.get("CFLAGS", "-")
+    flags = os.environ.get("CFLAGS", "-std=gnu11 -O2 -fopenmp")
     return " | ".join([cpu[0], str("fma" in cpu[-1]), compiler, flags, kernels])
 
 
