@@ -56,7 +56,7 @@ How many pears does Rosa have now? Answer:"
 
 demo: painters
 	@mkdir -p demo
-	@for flags in "" "--drop 5" "--repeat 3" "--skip 2" "--loop 3 --times 3"; do \
+	@for flags in "" "--drop 5" "--repeat 2" "--parallel 1" "--loop 1 --times 7"; do \
 		echo "--- painters llama.bin --prompt ... $$flags"; \
 		$(LLAMA) --tokens 24 --quiet $$flags --prompt $(SUM); \
 	done

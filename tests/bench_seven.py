@@ -111,7 +111,8 @@ def measure(command):
 def report(what, result):
     took, resident, anonymous, said = result
     line = " ".join(line for line in said.splitlines() if "tokens/s" in line or "passes" in line)
-    print("%-34s %8.2f s  resident %6d MB  anonymous %5d MB  %s" % (what, took, resident, anonymous,
+    line = line.replace("prompt: ", "")
+    print("%-24s %8.2f s  resident %6d MB  anonymous %5d MB  %s" % (what, took, resident, anonymous,
                                                                   line), flush=True)
 
 
@@ -121,11 +122,13 @@ def main():
     parser.add_argument("--keep", action="store_true", help="leave the files there")
     args = parser.parse_args()
     source, model = os.path.join(args.folder, "hf"), os.path.join(args.folder, "seven.bin")
-    copy, program = os.path.join(args.folder, "copy"), common.painters()
+    copy = os.path.join(args.folder, "copy")
     if not os.path.exists(source):
         print("writing the checkpoint ...", flush=True)
         write_checkpoint(source)
     export = [sys.executable, os.path.join(common.ROOT, "export.py"), "model", source, model]
+    os.environ.setdefault("CFLAGS", "-std=gnu11 -O3 -fopenmp")
+    program = common.painters()
     for turn in ("1st", "2nd"):
         report("cp, %s time" % turn, measure(["cp", "-r", source, copy]))
         shutil.rmtree(copy)
@@ -137,8 +140,8 @@ def main():
     report("256 tokens in, 1 out", measure([program, model, "--prompt", text, "--tokens", "1"]))
     report("1 token in, 16 out", measure([program, model, "--prompt", "b", "--tokens", "16"]))
     report("%d items" % ITEMS, measure([program, model, "--eval", task]))
-    report("1 item, sweep of drop",
-           measure([program, model, "--eval", task, "--sweep", "drop", "--limit", "1"]))
+    report("1 item, sweep of skip",
+           measure([program, model, "--eval", task, "--sweep", "skip", "--limit", "1"]))
     if not args.keep:
         shutil.rmtree(source)
         os.remove(model)
