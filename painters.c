@@ -4363,7 +4363,6 @@ static void print_rows(FILE *f, const Row *rows, int64_t n) {
     }
     print_columns(f, t.s, 3);
     fputc('\n', f);
-    release(t.s);
 }
 
 // Every row.
@@ -4371,7 +4370,6 @@ static void report_table(FILE *f, const Row *rows, int64_t n) {
     int64_t n_summary;
     Row *all = sorted_rows(rows, n, &n_summary);
     print_rows(f, all, n);
-    release(all);
 }
 
 // The summary of every schedule: of random the mean over seeds, with their standard deviation.
@@ -4380,7 +4378,6 @@ static void report_summary(FILE *f, const Row *rows, int64_t n) {
     Row *all = sorted_rows(rows, n, &n_summary);
     print_rows(f, all + n, merge_rows(all + n, n_summary, POINT, false));
     if (n && !n_summary) fprintf(f, "# No summary: no task with a baseline above chance.\n\n");
-    release(all);
 }
 
 // A range of values laid on a range of places: pixels, levels of a bar, parts of a colour ramp.
@@ -4432,11 +4429,7 @@ static Plot plot_panel(const Row *panel, int64_t n, int range, bool one_loop) {
         include(&plot.x, p[i].start);
         include(&plot.y, p[i].value);
     }
-    if (plot.y.hi < plot.y.lo) {
-        release(p);
-        plot.point = NULL;
-        return plot;
-    }
+    if (plot.y.hi < plot.y.lo) return (Plot){0};
     include(&plot.y, plot.line[0]);
     include(&plot.y, plot.line[1]);
     plot.y.log = lower_is_better(panel) && plot.y.lo > 0 && plot.y.hi / plot.y.lo > 100;
@@ -4489,7 +4482,6 @@ static void chart_panel(FILE *f, const Row *panel, int64_t n, int range) {
         fprintf(f, "  %.4g to %.4g\n", seen.lo, seen.hi);
     }
     fputc('\n', f);
-    release(plot.point);
 }
 
 // Every task's first metric, and the summary of several, in at most 80 columns of UTF-8.
@@ -4503,7 +4495,6 @@ static void report_chart(FILE *f, const Row *rows, int64_t n) {
         chart_panel(f, all + i, k, MIDDLE);
         chart_panel(f, all + i, k, ONE);
     }
-    release(all);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -4629,9 +4620,6 @@ static void svg_series(Text *t, const Plot *plot, const Row *p, int64_t n, doubl
     svg_marker(t, look, plot->x.to + 38, legend, 1);
     text_printf(t, "/>\n");
     svg_text(t, plot->x.to + 64, legend + 4, "", name);
-    release(line.s);
-    release(bars.s);
-    release(markers.s);
 }
 
 // A panel's values against start S (range MIDDLE) or layer k (ONE); nothing if there are none.
@@ -4676,9 +4664,6 @@ static void svg_plot(Text *t, const Row *panel, int64_t n, int range) {
         svg_series(t, &plot, plot.point + i, k, shift, size, legend);
     }
     text_printf(t, "</svg>\n");
-    release(title.s);
-    release(subtitle.s);
-    release(plot.point);
 }
 
 // Dark blue to yellow, after matplotlib's viridis: lightness rises evenly, also for the
@@ -4789,24 +4774,17 @@ static void svg_loops(Text *t, const Row *panel, int64_t n) {
     value.log = lower && value.lo > 0 && value.hi / value.lo > 100;
     svg_heatmap(t, title.s, subtitle.s, cell, rows, cols, "layers in parallel, T − 2S − 1",
                 "turns R", names + rows, names, value, lower ? -1 : 1);
-    for (int i = 0; i < rows + cols; i++) release(names[i]);
-    release(names);
-    release(cell);
-    release(title.s);
-    release(subtitle.s);
 }
 
 // Writes a file under another name and then renames it, so that half of one never stands there.
 static void write_figure(const char *path, const Text *t) {
     Text aside = {0};
     text_printf(&aside, "%s.tmp", path);
-    FILE *f = fopen(aside.s, "wb");
-    if (!f) die("%s: cannot be written: %s; choose another place", path, strerror(errno));
+    FILE *f = open_written(aside.s, "wb");
     fwrite(t->s, 1, (size_t)t->n, f);
     close_written(f, aside.s);
     if (rename(aside.s, path)) die("%s: cannot be written: %s; choose another place", path,
                                    strerror(errno));
-    release(aside.s);
 }
 
 // A matrix [rows][cols] as an SVG file, its first row on top. lo and hi: the values of the darkest
@@ -4818,7 +4796,6 @@ static void heatmap_svg(const char *path, const char *title, const double *cell,
     svg_heatmap(&t, title, "", cell, rows, cols, x_label, y_label, x_names, y_names,
                 (Scale){lo, hi > lo ? hi : lo + 1, 0, 9, false}, 0);
     write_figure(path, &t);
-    release(t.s);
 }
 
 // The file of a figure: `where` itself or, in that folder, "llama12-bos-hellaswag-acc-loops.svg";
@@ -4864,16 +4841,13 @@ static void report_figures(const char *where, const Row *rows, int64_t n) {
                 if (pass && svg.n) {
                     Text path = figure_path(where, file, all + i, part[kind]);
                     write_figure(path.s, &svg);
-                    release(path.s);
                 }
-                release(svg.s);
             }
         }
         if (!count) die("%s: no result has a start S or a layer k to draw; use --sweep", where);
         if (file && count > 1) die("%s: these results make %lld figures; name a folder", where,
                                    (long long)count);
     }
-    release(all);
 }
 // ------------------------------------------------------------------------------------------------
 // 11. Runs: --eval, --probe, --sweep, --report, --cosine
