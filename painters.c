@@ -2955,80 +2955,84 @@ static double metric_value(const Metric *m, const double *values, int64_t n, int
 // where the loss is the negative log-likelihood of a softmax over the classes, or half the squared
 // error: scikit-learn's LogisticRegression(C = 1 / strength) and Ridge(alpha = strength). Of two
 // classes only the difference counts, so that their weights are punished twice to be the same as a
-// single logistic. Conjugate gradients with Newton's method along each line, which reads scores
-// but no features (Minka 2003), until the mean gradient is below 1e-8.
+// single logistic. Newton's method with conjugate gradients, until the mean gradient is below 1e-8;
+// features that nearly repeat one another would need thousands of those, were they not preconditioned.
 typedef struct {
-    float *x;                   // [d + 1][n] features, centred: that saves half of the steps; the
-                                // last one is 1, for the bias
+    const float *x;             // [n][d], centred: that saves half of the passes
     const double *y;            // [n] class or target
     int64_t n, d, outputs;      // outputs: classes, or 1 for a regression
+    double strength;
+    double *p;                  // [n][outputs] probabilities at the last point
+    double *parts;              // [PROBE_PARTS][outputs][d + 2] sums over a part of the rows
+    double *factor;             // [d][d] Cholesky factor of the Hessian at w = 0, for one output
+    double weight;              // of a row in that Hessian
 } Probe;
 
-enum { PROBE_BLOCK = 512, PROBE_ALONE = 1 << 18 };     // less work than that is not worth threads
+enum { PROBE_PARTS = 64 };      // fixed, so that sums do not depend on the number of threads
 
 // Eight sums side by side, which a compiler can keep in vectors.
-static double probe_dot(const double *w, const float *x, int64_t n) {
+static double probe_dot(const double *w, const float *x, int64_t d) {
     double lane[8] = {0};
-    for (int64_t j = 0; j < n / 8 * 8; j += 8) {
+    for (int64_t j = 0; j < d / 8 * 8; j += 8) {
         for (int l = 0; l < 8; l++) lane[l] += w[j + l] * (double)x[j + l];
     }
-    for (int64_t j = n / 8 * 8; j < n; j++) lane[j % 8] += w[j] * (double)x[j];
+    for (int64_t j = d / 8 * 8; j < d; j++) lane[j % 8] += w[j] * (double)x[j];
     for (int l = 0; l < 4; l++) lane[l] += lane[l + 4];
     return (lane[0] + lane[2]) + (lane[1] + lane[3]);
 }
 
-// Scores z [outputs][n] of all rows under weights w [outputs][d + 1].
-static void probe_scores(const Probe *f, const double *w, double *z) {
-    int64_t n = f->n, blocks = (n + PROBE_BLOCK - 1) / PROBE_BLOCK;
-    #pragma omp parallel for if (f->outputs * n * f->d > PROBE_ALONE)
-    for (int64_t job = 0; job < f->outputs * blocks; job++) {
-        int64_t k = job / blocks, from = job % blocks * PROBE_BLOCK;
-        int64_t end = from + PROBE_BLOCK < n ? from + PROBE_BLOCK : n;
-        for (int64_t i = from; i < end; i++) z[k * n + i] = 0;
-        for (int64_t j = 0; j <= f->d; j++) {
-            double weight = w[k * (f->d + 1) + j];
-            for (int64_t i = from; i < end; i++) z[k * n + i] += weight * (double)f->x[j * n + i];
-        }
+// Row i: scores z become the loss's gradient by the scores; returns the loss and keeps the
+// probabilities. With `curve`, z is a change of the scores and becomes that of the gradient.
+static double probe_loss(const Probe *f, int64_t i, double *z, bool curve) {
+    double *p = f->p + i * f->outputs, top = z[0], sum = 0, own = z[(int64_t)f->y[i] % f->outputs];
+    if (f->outputs == 1) {
+        if (!curve) z[0] -= f->y[i];
+        return z[0] * z[0] / 2;
     }
+    if (curve) {
+        for (int64_t k = 0; k < f->outputs; k++) sum += p[k] * z[k];
+        for (int64_t k = 0; k < f->outputs; k++) z[k] = p[k] * (z[k] - sum);
+        return 0;
+    }
+    for (int64_t k = 1; k < f->outputs; k++) top = fmax(top, z[k]);
+    for (int64_t k = 0; k < f->outputs; k++) sum += exp(z[k] - top);
+    for (int64_t k = 0; k < f->outputs; k++) {
+        p[k] = exp(z[k] - top) / sum;
+        z[k] = p[k] - ((double)k == f->y[i]);
+    }
+    return top + log(sum) - own;
 }
 
-// The loss at scores z + t * along: its gradient by the scores into r, and its slope and curvature
-// along the line.
-static void probe_loss(const Probe *f, const double *z, const double *along, double t, double *r,
-                       double *slope, double *curvature) {
-    int64_t n = f->n, cells = f->outputs * n;
-    *slope = *curvature = 0;
-    for (int64_t i = 0; i < n; i++) {
-        double top = -INFINITY, sum = 0, mean = 0;
-        for (int64_t c = i; c < cells; c += n) top = fmax(top, z[c] + t * along[c]);
-        for (int64_t c = i; c < cells; c += n) sum += r[c] = exp(z[c] + t * along[c] - top);
-        for (int64_t c = i; c < cells; c += n) mean += (r[c] /= sum) * along[c];
-        for (int64_t c = i; c < cells; c += n) {
-            double p = r[c], apart = along[c] - mean;
-            bool regression = f->outputs == 1;
-            r[c] = regression ? z[c] + t * along[c] - f->y[i] : p - ((double)(c / n) == f->y[i]);
-            *slope += r[c] * along[c];
-            *curvature += regression ? along[c] * along[c] : p * apart * apart;
+// One pass over the features: the objective at w and, in out, its gradient; or with `curve` the
+// Hessian of the last such point times w. w and out are [outputs][d + 1], the bias last.
+static double probe_pass(const Probe *f, const double *w, double *out, bool curve) {
+    int64_t d = f->d, outputs = f->outputs, size = outputs * (d + 1);
+    double losses[PROBE_PARTS] = {0}, loss = 0;
+    #pragma omp parallel for schedule(static) if (f->n * d * outputs > 1 << 18)
+    for (int part = 0; part < PROBE_PARTS; part++) {
+        double *sum = f->parts + part * (size + outputs), *z = sum + size;
+        memset(sum, 0, (size_t)size * sizeof *sum);
+        for (int64_t i = f->n * part / PROBE_PARTS; i < f->n * (part + 1) / PROBE_PARTS; i++) {
+            const float *x = f->x + i * d;
+            for (int64_t k = 0; k < outputs; k++) {
+                z[k] = probe_dot(w + k * (d + 1), x, d) + w[k * (d + 1) + d];
+            }
+            losses[part] += probe_loss(f, i, z, curve);
+            for (int64_t k = 0; k < outputs; k++) {
+                double *row = sum + k * (d + 1);
+                for (int64_t j = 0; j < d; j++) row[j] += z[k] * (double)x[j];
+                row[d] += z[k];
+            }
         }
     }
-}
-
-// Newton's method for the t where the slope along the line is all but 0; the weights' penalty adds
-// w_slope + t * w_curvature to it. r becomes the gradient by the scores there.
-static double probe_search(const Probe *f, const double *z, const double *along, double w_slope,
-                           double w_curvature, double *r) {
-    double t = 0, low = 0, high = INFINITY, goal = 0, slope, curvature;
-    for (int tries = 0; tries < 100; tries++) {
-        probe_loss(f, z, along, t, r, &slope, &curvature);
-        slope += w_slope + t * w_curvature;
-        if (!tries) goal = 1e-3 * fabs(slope);
-        if (fabs(slope) <= goal) break;
-        if (slope < 0) low = t;                     // it changes its sign between low and high
-        else high = t;
-        double next = t - slope / (curvature + w_curvature);
-        t = next > low && next < high ? next : (low + high) / 2;
+    for (int64_t j = 0; j < size; j++) {
+        double punished = j % (d + 1) < d ? f->strength * w[j] : 0;
+        loss += punished * w[j] / 2;
+        out[j] = punished;
+        for (int64_t p = 0; p < PROBE_PARTS; p++) out[j] += f->parts[p * (size + outputs) + j];
     }
-    return t;
+    for (int part = 0; part < PROBE_PARTS; part++) loss += losses[part];
+    return loss;
 }
 
 static double inner(const double *a, const double *b, int64_t n) {
@@ -3037,51 +3041,105 @@ static double inner(const double *a, const double *b, int64_t n) {
     return sum;
 }
 
+// Makes the preconditioner: weight * X^T X + strength = factor . factor^T (lower triangle).
+static void probe_factor(const Probe *f) {
+    int64_t d = f->d;
+    #pragma omp parallel for schedule(dynamic) if (f->n * d * d > 1 << 20)
+    for (int64_t i = 0; i < d; i++) {
+        for (int64_t r = 0; r < f->n; r++) {
+            const float *x = f->x + r * d;
+            double own = f->weight * (double)x[i];
+            for (int64_t j = 0; j <= i; j++) f->factor[i * d + j] += own * (double)x[j];
+        }
+    }
+    for (int64_t i = 0; i < d; i++) {
+        double *row = f->factor + i * d, least = 1e-12 * row[i] + 1e-300;
+        row[i] += f->strength;
+        for (int64_t j = 0; j <= i; j++) {
+            const double *other = f->factor + j * d;
+            double rest = row[j] - inner(row, other, j);
+            row[j] = j < i ? rest / other[j] : sqrt(fmax(rest, least));
+        }
+    }
+}
+
+// out = r over the preconditioner, output by output; the bias stands apart, since x is centred.
+static void probe_solve(const Probe *f, const double *r, double *out) {
+    int64_t d = f->d;
+    for (int64_t k = 0; k < f->outputs; k++, r += d + 1, out += d + 1) {
+        for (int64_t i = 0; i < d; i++) {
+            out[i] = (r[i] - inner(f->factor + i * d, out, i)) / f->factor[i * d + i];
+        }
+        for (int64_t i = d - 1; i >= 0; i--) {
+            out[i] /= f->factor[i * d + i];
+            for (int64_t j = 0; j < i; j++) out[j] -= f->factor[i * d + j] * out[i];
+        }
+        out[d] = r[d] / (f->weight * (double)f->n);
+    }
+}
+
+// Newton's step: solves Hessian . step = -gradient by conjugate gradients until the residual is
+// `tolerance` times the gradient. work is [4][size].
+static void probe_step(const Probe *f, const double *gradient, double tolerance, double *step,
+                       double *work) {
+    int64_t size = f->outputs * (f->d + 1);
+    double *residual = work, *along = work + size, *curved = along + size, *solved = curved + size;
+    for (int64_t j = 0; j < size; j++) {
+        step[j] = 0;
+        residual[j] = -gradient[j];
+    }
+    probe_solve(f, residual, along);
+    double rest = inner(residual, along, size), goal = rest * tolerance * tolerance;
+    for (int turn = 0; turn < 1000 && rest > goal; turn++) {
+        probe_pass(f, along, curved, true);
+        double length = rest / inner(along, curved, size), before = rest;
+        for (int64_t j = 0; j < size; j++) {
+            step[j] += length * along[j];
+            residual[j] -= length * curved[j];
+        }
+        probe_solve(f, residual, solved);
+        rest = inner(residual, solved, size);
+        for (int64_t j = 0; j < size; j++) along[j] = solved[j] + rest / before * along[j];
+    }
+}
+
 // Fits the probe described above; classes is 1 for a regression. w is [classes][d + 1], the bias
 // last. The same bits for any number of threads.
 static void probe_fit(const float *x, const double *y, int64_t n, int64_t d, int classes,
                       double strength, double *w) {
-    int64_t width = d + 1, size = classes * width, cells = classes * n;
-    Probe f = {allocate(n * width, sizeof *f.x, "probe"), y, n, d, classes};
-    double *work = allocate(4 * size + 3 * cells + d, sizeof *work, "probe"), *gradient = work;
-    double *before = gradient + size, *step = before + size, *penalty = step + size;
-    double *z = penalty + size, *along = z + cells, *r = along + cells, *mean = r + cells;
-    #pragma omp parallel for if (n * d > PROBE_ALONE)
-    for (int64_t j = 0; j < d; j++) {
-        for (int64_t i = 0; i < n; i++) mean[j] += x[i * d + j] / (double)n;
-        for (int64_t i = 0; i < n; i++) f.x[j * n + i] = (float)(x[i * d + j] - mean[j]);
-    }
-    for (int64_t i = 0; i < n; i++) f.x[d * n + i] = 1;
-    for (int64_t j = 0; j < size; j++) {
-        w[j] = 0;
-        penalty[j] = j % width == d ? 0 : classes == 2 ? 2 * strength : strength;
-    }
-    probe_search(&f, z, along, 0, 0, r);            // along is 0: no more than r where z is 0
-    for (int turn = 0; turn < 10000; turn++) {
-        double turned = 0, bent = 0, w_slope = 0, w_curvature = 0;
-        #pragma omp parallel for if (cells * d > PROBE_ALONE)
-        for (int64_t j = 0; j < size; j++) {
-            gradient[j] = probe_dot(r + j / width * n, f.x + j % width * n, n) + penalty[j] * w[j];
+    int64_t size = classes * (d + 1);
+    float *centred = allocate(n * d, sizeof *centred, "probe");
+    Probe f = {centred, y, n, d, classes, classes == 2 ? 2 * strength : strength, .weight = 1};
+    if (classes > 1) f.weight = (1 - 1.0 / classes) / classes;
+    f.factor = allocate(d * d, sizeof *f.factor, "probe");
+    f.p = allocate(n * classes, sizeof *f.p, "probe");
+    f.parts = allocate(PROBE_PARTS * (size + classes), sizeof *f.parts, "probe");
+    double *work = allocate(7 * size + d, sizeof *work, "probe"), *mean = work + 7 * size;
+    double *gradient = work + 4 * size, *step = work + 5 * size, *next = work + 6 * size;
+    for (int64_t i = 0; i < n * d; i++) mean[i % d] += x[i];
+    for (int64_t j = 0; j < d; j++) mean[j] /= (double)n;
+    for (int64_t i = 0; i < n * d; i++) centred[i] = (float)(x[i] - mean[i % d]);
+    memset(w, 0, (size_t)size * sizeof *w);
+    probe_factor(&f);
+    double loss = probe_pass(&f, w, gradient, false), start = inner(gradient, gradient, size);
+    for (int turn = 0; turn < 100; turn++) {
+        double steep = inner(gradient, gradient, size), before = loss, t = 1;
+        if (sqrt(steep) <= 1e-8 * (double)n) break;
+        probe_step(&f, gradient, fmin(0.1, pow(steep / start, 0.25)), step, work);
+        double slope = inner(gradient, step, size);
+        for (; t > 1e-6; t /= 2) {                  // halve a step that goes too far
+            for (int64_t j = 0; j < size; j++) next[j] = w[j] + t * step[j];
+            loss = probe_pass(&f, next, gradient, false);
+            if (loss <= before + 1e-4 * t * slope) break;
         }
-        if (sqrt(inner(gradient, gradient, size)) <= 1e-8 * (double)n) break;
-        for (int64_t j = 0; j < size; j++) {            // Hestenes and Stiefel's direction
-            turned += gradient[j] * (gradient[j] - before[j]);
-            bent += step[j] * (gradient[j] - before[j]);
-        }
-        for (int64_t j = 0; j < size; j++) {
-            step[j] = (bent > 0 ? fmax(0, turned / bent) : 0) * step[j] - gradient[j];
-            before[j] = gradient[j];
-            w_slope += penalty[j] * w[j] * step[j];
-            w_curvature += penalty[j] * step[j] * step[j];
-        }
-        probe_scores(&f, step, along);
-        double t = probe_search(&f, z, along, w_slope, w_curvature, r);
-        if (t == 0 && !(bent > 0)) break;               // nothing left but rounding
-        for (int64_t j = 0; j < size; j++) w[j] += t * step[j];
-        for (int64_t c = 0; c < cells; c++) z[c] += t * along[c];
+        if (!(loss < before)) break;                // nothing left but rounding
+        memcpy(w, next, (size_t)size * sizeof *w);
     }
-    for (int k = 0; k < classes; k++) w[k * width + d] -= inner(w + k * width, mean, d);
-    release(f.x);
+    for (int k = 0; k < classes; k++) w[k * (d + 1) + d] -= inner(w + k * (d + 1), mean, d);
+    release(centred);
+    release(f.p);
+    release(f.parts);
+    release(f.factor);
     release(work);
 }
 
