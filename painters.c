@@ -23,6 +23,7 @@
 #define _POSIX_C_SOURCE 200809L
 #endif
 #include <errno.h>
+#include <float.h>
 #include <limits.h>
 #include <math.h>
 #include <signal.h>
@@ -1348,7 +1349,8 @@ static void ON_PATH(attend)(float *out, const float *q, int64_t ld, int64_t n, i
 
 typedef struct {                // one way to compute all this; the last that the CPU has is taken
     const char *name;
-    int level;                  // of the CPU: 0 any, 1 AVX2 with FMA and F16C
+    int level;                  // of the CPU: -1 any; 0 rounds every result to float32, which the
+                                // x87 does not; 1 has AVX2, FMA and F16C
     void (*matmul)(float *, const float *, const Tensor *, const float *, int64_t);
     void (*attend)(float *, const float *, int64_t, int64_t, int64_t, int64_t, const Span *,
                    int64_t, int64_t, bool);
@@ -1357,7 +1359,7 @@ typedef struct {                // one way to compute all this; the last that th
 } Kernels;
 
 static const Kernels kernel_table[] = {
-    {"plain", 0, plain_matmul, plain_attend, plain_silu_multiply, plain_gelu},
+    {"plain", -1, plain_matmul, plain_attend, plain_silu_multiply, plain_gelu},
     {"generic", 0, matmul_generic, attend_generic, silu_multiply_generic, gelu_generic},
 #ifdef HAVE_AVX2
     {"avx2", 1, matmul_avx2, attend_avx2, silu_multiply_avx2, gelu_avx2},
@@ -1368,7 +1370,7 @@ static const Kernels *kernels = &kernel_table[0];
 
 // Has this CPU what entry i of the table needs?
 static bool kernels_available(int i) {
-    int level = 0;
+    int level = FLT_EVAL_METHOD == 0 ? 0 : -1;
 #ifdef HAVE_AVX2
     unsigned a, b, c, d;
     __builtin_cpu_init();
