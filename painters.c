@@ -5041,7 +5041,8 @@ static Row *store_rows(const Store *st, int64_t *n_rows) {
         const Task *t = st->tasks[k];
         int64_t width = t->kind->width;
         double *values = allocate(t->n_items * width, sizeof *values, "results");
-        for (const Entry *e = st->entries; e < st->entries + st->n_wanted; e++) {
+        for (int64_t i = 0; i < st->n_wanted; i++) {
+            const Entry *e = &st->entries[i];
             int64_t n = 0, cut = 0;
             for (int64_t item = 0; item < t->n_items && e->kept[k]; item++) {
                 const double *kept = e->kept[k] + item * (1 + width);
@@ -5321,7 +5322,8 @@ static void print_info(const Model *m) {
     for (int t = 0; t < N_TYPES; t++) {
         if (count[t]) printf(" %lld %s", (long long)count[t], type_names[t]);
     }
-    for (const Head *h = m->heads; h < m->heads + m->n_heads_named; h++) {
+    for (int i = 0; i < m->n_heads_named; i++) {
+        const Head *h = &m->heads[i];
         printf("\nhead          %s: %s", h->name, h->regression ? "regression" : "labels");
         for (int j = 0; j < h->n_labels; j++) printf(" %s", h->labels[j]);
     }
