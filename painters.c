@@ -5333,6 +5333,7 @@ static void print_info(const Model *m) {
 // To add a flag: a field in `options` (section 6), a row here, and its use. The type says what the
 // value is. The interventions of section 1 and their second numbers are flags too.
 enum { SWITCH, WORD, OPTIONAL, WORDS, INTEGER, NUMBER };
+enum { MOST_THREADS = 1024 };
 typedef struct {
     const char *name, *value;   // --name VALUE; without help a heading
     int type;
@@ -5355,7 +5356,7 @@ static const Flag flags[] = {
     {"show", NULL, SWITCH, &options.show, 0, 0, "print the schedule and stop"},
     {"help", NULL, SWITCH, &options.help, 0, 0, "this text"},
     {"How", NULL, SWITCH, NULL, 0, 0, NULL},
-    {"threads", "N", INTEGER, &options.threads, 1, 1024, "threads (default: one a core)"},
+    {"threads", "N", INTEGER, &options.threads, 1, MOST_THREADS, "threads (default: one a core)"},
     {"limit", "N", INTEGER, &options.limit, 1, 9e15, "only the first N items of each task"},
     {"batch", "TOKENS", INTEGER, &options.batch, 1, 1 << 24, "tokens in one pass (default 2048)"},
     {"bos", NULL, SWITCH, &options.bos, 0, 0, "begin texts with BOS (default for --prompt)"},
@@ -5532,8 +5533,21 @@ static void run_command(void) {
 }
 
 #ifndef PAINTERS_NO_MAIN
+// OMP_NUM_THREADS where it is absurd: LLVM's OpenMP would end the program, so it must not see it.
+static void check_environment(void) {
+#if defined _OPENMP && !defined _WIN32
+    const char *text = getenv("OMP_NUM_THREADS");
+    char *end;
+    long n = text ? strtol(text, &end, 10) : 1;
+    if (n >= 1 && n <= MOST_THREADS && (!text || !*end || *end == ',')) return;
+    warn("OMP_NUM_THREADS: \"%s\" is not 1 to %d and does not count", text, MOST_THREADS);
+    unsetenv("OMP_NUM_THREADS");
+#endif
+}
+
 int main(int argc, char **argv) {
     parse_arguments(argc, argv);
+    check_environment();
     if (options.help || argc == 1) {
         print_help();
         close_written(stdout, "stdout");
