@@ -785,9 +785,9 @@ static uint64_t hash_bytes(const unsigned char *p, int64_t n) {
 // 3. Kernels: all the arithmetic that takes time
 // ------------------------------------------------------------------------------------------------
 //
-// The plain_ functions say what is computed, and run anywhere. The fast ones behind them compute the
-// same to rounding. On each path every output is summed in one fixed order that does not know how
-// many rows, threads or pieces of cache there are, so none of these can change a result's bits.
+// The plain_ functions say what is computed, and run anywhere. The fast ones behind them compute
+// the same to rounding. On each path every output is summed in one fixed order that does not know
+// how many rows, threads or pieces of cache there are, so none of these can change a result's bits.
 
 #pragma GCC diagnostic ignored "-Wpsabi"        // no vector crosses into other people's code
 #ifndef _OPENMP
@@ -927,7 +927,7 @@ static void plain_gelu(float *x, int64_t n) {
 // The fast paths. Section 3b is written once, for vectors of LANES floats, and compiled once a path
 // by this file including itself. ACCUMULATORS is how many sums the vector registers hold at a time.
 #if defined __x86_64__ && (!defined _WIN32 || defined __clang__)
-#define HAVE_AVX            // gcc for Windows cannot align wide vectors on the stack (its bug 54412)
+#define HAVE_AVX            // gcc for Windows cannot align wide vectors (its bug 54412)
 #include <cpuid.h>
 #include <immintrin.h>
 #endif
@@ -1124,7 +1124,9 @@ INLINE void chains_of(float *c, const float *x, int64_t ldx, const Tensor *w, in
     for (int64_t k = 0; k < depth; k += 32) {
         if (n * m == ACCUMULATORS) __builtin_prefetch(next + k / (PANEL / ACCUMULATORS));
         if (n * m == PANEL) __builtin_prefetch(next + k + 16);
-        if (type == Q8) UNROLL for (int j = 0; j < m; j++) factor[j] = load_scale(scale[j] + k / 32);
+        if (type == Q8) {
+            UNROLL for (int j = 0; j < m; j++) factor[j] = load_scale(scale[j] + k / 32);
+        }
         ROLLED for (int l = 0; l < 32; l += LANES) {
             vec a[4];
             UNROLL for (int i = 0; i < n; i++) {
@@ -1203,13 +1205,14 @@ static void ON_PATH(matmul)(float *y, const float *x, const Tensor *w, const flo
     int64_t depth = direct ? w->cols : DEPTH, blocks = direct ? 0 : (w->cols + depth - 1) / depth;
     int64_t chunk = direct ? CHUNK / 2 : CHUNK, chunks = (n + chunk - 1) / chunk;
     int64_t panels = (w->rows + PANEL - 1) / PANEL;
+    const Tensor rows = {F32, n, w->cols, x, NULL};
     float *copy = scratch(0, blocks * n * (depth + PAD));
     #pragma omp parallel if (n * w->rows * w->cols > 1 << 21)
     {
         #pragma omp for
         for (int64_t i = 0; i < blocks * n; i++) {
             int64_t k = i / n * depth, here = w->cols - k < depth ? w->cols - k : depth;
-            widen_part(copy + i * (depth + PAD), &(Tensor){F32, n, w->cols, x, NULL}, i % n, k, here);
+            widen_part(copy + i * (depth + PAD), &rows, i % n, k, here);
         }
         #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < panels * chunks; i++) {
@@ -1291,7 +1294,7 @@ static void tile(int64_t rows, float *c, int64_t ldc, const float *a, int64_t ld
     }
 }
 
-// c[rows][stride] += p[rows][from .. to] . V[from .. to][stride]; positions count through the spans.
+// c[rows][stride] += p[rows][from .. to] . V[from .. to][stride]; the spans are one row of keys.
 static void weigh(float *c, int64_t stride, const float *p, int64_t ldp, int64_t rows,
                   const Span *s, int64_t from, int64_t to) {
     for (int64_t start = 0; start < to; start += s++->count) {
@@ -1310,6 +1313,7 @@ static void ON_PATH(attend)(float *out, const float *q, int64_t ld, int64_t n, i
                             int64_t head_dim, const Span *spans, int64_t n_spans, int64_t past,
                             bool causal) {
     enum { SOME = 24 };                     // rows that read keys and values together
+    float root = sqrtf((float)head_dim);
     int64_t stride = (head_dim + 15) / 16 * 16, lda = stride + 1;
     int64_t ldp = (past + n + 31) / 16 * 16 + 16, rows;
     float *p = scratch(1, SOME * (ldp + stride + lda)), *c = p + SOME * ldp, *a = c + SOME * stride;
@@ -1318,7 +1322,7 @@ static void ON_PATH(attend)(float *out, const float *q, int64_t ld, int64_t n, i
         int64_t last = (i0 + rows - 1) / group, most = causal ? past + last + 1 : past + n;
         for (int64_t i = 0; i < rows; i++) {
             const float *from = q + (i0 + i) / group * ld + (i0 + i) % group * head_dim;
-            for (int64_t d = 0; d < head_dim; d++) a[i * lda + d] = from[d] / sqrtf((float)head_dim);
+            for (int64_t d = 0; d < head_dim; d++) a[i * lda + d] = from[d] / root;
         }
         const Span *s = spans;
         for (int64_t start = 0; s < spans + n_spans && start < most; start += s++->count) {
@@ -1368,11 +1372,11 @@ static void ON_PATH(attend)(float *out, const float *q, int64_t ld, int64_t n, i
 // One instruction multiplies tiles of bfloat16, 16 x 32 times 32 x 16, and adds to 16 x 16 float32.
 // A float32 is split into two bfloat16, high and low, which hold 16 of its 24 bits:
 //
-//     W . x  =  Wh . xh  +  Wh . xl  +  Wl . xh      (Wl . xl is less than the rounding of the rest)
+//     W . x  =  Wh . xh  +  Wh . xl  +  Wl . xh      (Wl . xl is no more than the others' rounding)
 //
-// A float16 or 8-bit weight (times its scale) is such a sum too, and a bfloat16 is a high part alone.
-// With 8-bit weights the low part of x is left out: what they lost weighs more. Every output is
-// summed along the columns in one order; rows are filled up to 32 with zeros, however few they are.
+// A float16 is such a sum too, and a bfloat16 a high part alone. With 8-bit weights the low part of
+// x is left out: what they lost weighs more. Every output is summed along the columns in one order;
+// rows are filled up to 32 with zeros, however few they are.
 
 // Intrinsics of AMX came with gcc 11 and clang 12. The kernel has to be asked for the registers.
 #if defined HAVE_AVX && defined __linux__ && \
@@ -1385,7 +1389,7 @@ enum {
     TILE_BF16 = 512,                                // bfloat16 in a tile: [16][32]
     AMX_DEPTH = 256,                                // columns of x and W that stay in the caches,
     AMX_GROUP = AMX_DEPTH / 32 * 2 * TILE_BF16,     // which for 16 rows are so many bfloat16
-    AMX_PANEL = 128, AMX_CHUNK = 512                // rows of W, and rows of x that meet them, at most
+    AMX_PANEL = 128, AMX_CHUNK = 512                // rows of W that meet rows of x, at most
 };
 
 static void transpose_tile(float t[16][16]) {
@@ -1404,10 +1408,12 @@ static void transpose_tile(float t[16][16]) {
     }
 }
 
-// Rows row .. row + 16 of W and AMX_DEPTH columns from k as tiles, [columns / 32][high, low][16][32];
-// `turned`: rows and pairs of columns change places, as a second factor has to stand.
+// Rows row .. row + 16 of W and AMX_DEPTH columns from k as tiles,
+// [columns / 32][high, low][16][32]; `turned`: as second factors have to stand, rows and pairs of
+// columns change places.
 static void amx_pack(uint16_t *to, const Tensor *w, int64_t row, int64_t k, bool turned) {
-    int64_t depth = w->cols - k < AMX_DEPTH ? w->cols - k : AMX_DEPTH, bytes = WEIGHT_BYTES(w->type);
+    int64_t depth = w->cols - k < AMX_DEPTH ? w->cols - k : AMX_DEPTH;
+    int64_t bytes = WEIGHT_BYTES(w->type);
     const char *next = (const char *)w->data + (row * w->cols + k + AMX_DEPTH) * bytes;
     float wide[AMX_DEPTH];
     for (int i = 0; i < 16; i++) {
@@ -1432,9 +1438,17 @@ static void amx_pack(uint16_t *to, const Tensor *w, int64_t row, int64_t k, bool
 static void amx_multiply(float *c, const uint16_t *w, const uint16_t *x, int64_t tiles, int type,
                          bool more) {
 #define PRODUCTS() \
-    { _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7); }
+    { \
+        _tile_dpbf16ps(0, 4, 6); \
+        _tile_dpbf16ps(1, 4, 7); \
+        _tile_dpbf16ps(2, 5, 6); \
+        _tile_dpbf16ps(3, 5, 7); \
+    }
 #define FACTORS(first, second, p) \
-    { _tile_loadd(first, (p) + at, 64); _tile_loadd(second, (p) + AMX_GROUP + at, 64); }
+    { \
+        _tile_loadd(first, (p) + at, 64); \
+        _tile_loadd(second, (p) + AMX_GROUP + at, 64); \
+    }
     if (!more) memset(c, 0, 4 * 256 * sizeof *c);
     __asm__ volatile("" ::: "memory");              // gcc's _tile_loadd does not say that it reads
     _tile_loadd(0, c, 64);
@@ -1567,10 +1581,12 @@ static bool kernels_available(int i) {
     bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
     if (level == 1 && wide) level = 2;
 #ifdef HAVE_AMX
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
     bool tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & d >> 24 & 1);
     bool bf16 = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
-    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
-    if (level == 2 && tiles && bf16 && !syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA)) level = 3;
+    if (level == 2 && tiles && bf16) {
+        level += !syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
+    }
 #endif
 #endif
     return kernel_table[i].level <= level;
@@ -1583,7 +1599,7 @@ static void kernels_init(const char *name) {
         kernels = &kernel_table[i];
         return;
     }
-    die("--kernels: this CPU has no \"%s\"; leave the flag out, or use plain", name ? name : "kernels");
+    die("--kernels: this CPU has no \"%s\"; leave the flag out, or use plain", name ? name : "");
 }
 
 static const char *kernels_name(void) { return kernels->name; }
