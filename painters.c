@@ -329,17 +329,17 @@ typedef struct {
 } Intervention;
 
 static const Intervention interventions[] = {
-    {"skip", "leave out the middle layers S < i < T-S", .range = MIDDLE},
-    {"repeat", "run layer T/2 in place of each middle layer", .build = build_repeat},
-    {"reverse", "run the middle layers last to first", .build = build_reverse},
-    {"random", "shuffle the middle layers", .build = build_random,
-     .argument_flag = "seed", .lowest = (int64_t)-9.2e18, .highest = (int64_t)9.2e18, .standard = 0,
+    {"skip", "leave out the middle", .range = MIDDLE},
+    {"repeat", "run layer T/2 in place of each of the middle", .build = build_repeat},
+    {"reverse", "run the middle last to first", .build = build_reverse},
+    {"random", "shuffle the middle", .build = build_random,
+     .argument_flag = "seed", .lowest = -9.2e18, .highest = 9.2e18, .standard = 0,
      .argument_help = "with --random: as Python's random.seed(N) shuffles (default 0)"},
-    {"parallel", "run the middle layers as one averaged step", .build = build_parallel},
+    {"parallel", "run the middle as one step, its outputs averaged", .build = build_parallel},
     {"loop", "run that step several times, each on the last average", .build = build_loop,
      .argument_flag = "times", .lowest = 1, .highest = 100000, .standard = 3,
      .argument_help = "with --loop: how many times (default 3)"},
-    {"drop", "leave out layer K alone", .range = ONE},
+    {"drop", "leave out layer K", .range = ONE},
     {"swap", "exchange layers K and K+1", .range = TWO, .build = build_reverse},
 };
 enum { N_INTERVENTIONS = sizeof interventions / sizeof *interventions };
@@ -5261,12 +5261,11 @@ static void print_info(const Model *m) {
         weights += t->rows * t->cols;
         count[t->type]++;
     }
-    printf("file          %s, %.1f MB, of %s\n", m->path, (double)m->bytes / 1e6,
-           model_note(m, "source"));
-    printf("architecture  %s, %d layers of dim %d, hidden %d, norm epsilon %g\n",
-           llama ? "Llama" : "BERT", m->n_layers, m->dim, m->hidden, (double)m->norm_eps);
-    printf("heads         %d of %d, %d for keys and values\n", m->n_heads, m->head_dim,
-           m->n_kv_heads);
+    printf("file          %s, %.1f MB, of %s\n"
+           "architecture  %s, %d layers of dim %d, hidden %d, norm epsilon %g\n"
+           "heads         %d of %d, %d for keys and values\n", m->path, (double)m->bytes / 1e6,
+           model_note(m, "source"), llama ? "Llama" : "BERT", m->n_layers, m->dim, m->hidden,
+           (double)m->norm_eps, m->n_heads, m->head_dim, m->n_kv_heads);
     if (llama) {
         printf("rotary        base %g, pairs %s\noutput head   %s\n", (double)m->rope_theta,
                m->rope == ROPE_HALVES ? "(i, i + head_dim/2)" : "(2i, 2i + 1)",
@@ -5311,30 +5310,30 @@ static const Flag flags[] = {
     {"report", "FILE ...", WORDS, &options.reports, 0, 0, "tables and figures of --out files"},
     {"quantize", "OUT", WORD, &options.quantize, 0, 0, "write the model to OUT with 8-bit weights"},
     {"info", "", SWITCH, &options.info, 0, 0, "what the model file holds"},
-    {"show", "", SWITCH, &options.show, 0, 0, "print the schedule, or the --sweep, and stop"},
+    {"show", "", SWITCH, &options.show, 0, 0, "print the schedule, or all of a --sweep, and stop"},
     {"help", "", SWITCH, &options.help, 0, 0, "this text"},
     {"How", "", HEADING, NULL, 0, 0, ""},
     {"threads", "N", INTEGER, &options.threads, 1, MOST_THREADS, "threads (default: one a core)"},
     {"limit", "N", INTEGER, &options.limit, 1, 9e15, "only the first N items of each task"},
     {"batch", "TOKENS", INTEGER, &options.batch, 1, 1 << 24, "tokens in one pass (default 2048)"},
     {"bos", "", SWITCH, &options.bos, 0, 0, "begin texts with BOS (default for --prompt)"},
-    {"no-bos", "", SWITCH, &options.no_bos, 0, 0, "do not (default for --eval)"},
-    {"kv", "exact|mean", WORD, &options.kv, 0, 0, "parallel layers: own keys, or their mean"},
+    {"no-bos", "", SWITCH, &options.no_bos, 0, 0, "begin them without (default for --eval)"},
+    {"kv", "exact|mean", WORD, &options.kv, 0, 0, "parallel layers keep their own keys, or a mean"},
     {"head", "NAME", WORD, &options.head, 0, 0, "BERT: which classifier of the file"},
     {"strength", "X", NUMBER, &options.strength, 1e-9, 1e9, "L2 penalty of --probe (default 1)"},
     {"out", "FILE", WORD, &options.out, 0, 0, "keep all results; the same command goes on"},
     {"log", "FILE", WORD, &options.log, 0, 0, "write every item: scores or text, prediction, gold"},
-    {"shard", "I/N", WORD, &options.shard, 0, 0, "the I-th of N parts of the items"},
-    {"svg", "FILE|DIR", WORD, &options.svg, 0, 0, "draw the figure there, or the figures"},
+    {"shard", "I/N", WORD, &options.shard, 0, 0, "only the I-th of N parts of the items"},
+    {"svg", "FILE|DIR", WORD, &options.svg, 0, 0, "draw the figure in FILE, several in folder DIR"},
     {"tokens", "N", INTEGER, &options.tokens, 1, 9e15, "how far --prompt continues (default 256)"},
     {"temperature", "X", NUMBER, &options.temperature, 0, 1e6, "0 takes the likeliest (default)"},
     {"top-p", "X", NUMBER, &options.top_p, 1e-9, 1, "sample from this much of the distribution"},
     {"sample-seed", "K", INTEGER, &options.sample_seed, -9.2e18, 9.2e18, "seed of sampling"},
     {"kernels", "NAME", WORD, &options.kernels, 0, 0, "plain: the ones to learn from; see --info"},
     {"quiet", "", SWITCH, &quiet, 0, 0, "no status on stderr"},
-    {"Which layers", "", HEADING, NULL, 0, 0, ""},
+    {"Which layers (0 to T-1; the middle is S < i < T-S)", "", HEADING, NULL, 0, 0, ""},
     {"path", "EXPR", WORD, &options.path, 0, 0, "the schedule itself, e.g. \"0-3 (4-7)*2 8-11\""},
-    {"layers", "T", INTEGER, &options.layers, 1, 16384, "with --show: T layers, without a model"},
+    {"layers", "T", INTEGER, &options.layers, 1, 16384, "with --show: T layers, no model needed"},
 };
 enum { N_FLAGS = sizeof flags / sizeof *flags, MOST_FLAGS = N_FLAGS + 2 * N_INTERVENTIONS };
 
@@ -5367,18 +5366,18 @@ static void print_help(void) {
 }
 
 static void take_number(const Flag *f, const char *value) {
-    bool whole = f->type == INTEGER;
+    bool whole = f->type == INTEGER, good;
     double *number = f->target;
-    if (whole ? parse_int(value, (int64_t)f->lowest, (int64_t)f->highest, f->target)
-              : parse_double(value, number) && *number >= f->lowest && *number <= f->highest) return;
-    die("--%s: \"%s\" is not a %snumber from %.9g to %.9g", f->name, value, whole ? "whole " : "",
-        f->lowest, f->highest);
+    if (whole) good = parse_int(value, (int64_t)f->lowest, (int64_t)f->highest, f->target);
+    else good = parse_double(value, number) && *number >= f->lowest && *number <= f->highest;
+    if (!good) die("--%s: \"%s\" is not a %snumber from %.9g to %.9g", f->name, value,
+                   whole ? "whole " : "", f->lowest, f->highest);
 }
 
 // Reads the arguments into `options`. Every flag is known, has the values it needs, and numbers
 // are numbers; otherwise one line says which is not.
 static void parse_arguments(int argc, char **argv) {
-    const char **list = NULL;                           // of a flag that takes all words behind it
+    const char **list = NULL;           // where words go, behind a flag that takes many
     options.evals = allocate(argc, sizeof *options.evals, "arguments");
     options.reports = allocate(argc, sizeof *options.reports, "arguments");
     for (int i = 1, at = 0; i < argc; i++, at = 0) {
@@ -5391,19 +5390,19 @@ static void parse_arguments(int argc, char **argv) {
             continue;
         }
         Flag f = flag_at(at);
-        while (f.type == HEADING || !word[2] || strcmp(f.name, word + 2)) {
+        while (f.type == HEADING || !*f.name || strcmp(f.name, word + 2)) {
             if (++at == MOST_FLAGS) die("%s: no such flag; painters --help lists them", word);
             f = flag_at(at);
         }
-        list = NULL;
+        list = f.type == WORDS ? *(const char ***)f.target : NULL;
+        while (list && *list) list++;
         if (!next ? f.type >= WORD : f.type == WORDS && !follows) {
             die("%s: a value is missing: %s", word, f.value);
         }
         if (f.type == SWITCH) *(bool *)f.target = true;
-        else if (f.type == OPTIONAL && !follows) *(const char **)f.target = "";
-        else if (f.type == WORDS) for (list = *(const char ***)f.target; *list;) list++;
-        else if (f.type == INTEGER || f.type == NUMBER) take_number(&f, argv[++i]);
-        else *(const char **)f.target = argv[++i];
+        else if (f.type == OPTIONAL) *(const char **)f.target = follows ? argv[++i] : "";
+        else if (f.type == WORD) *(const char **)f.target = argv[++i];
+        else if (f.type != WORDS) take_number(&f, argv[++i]);
         if (f.target == &options.argument) options.argument_flag = f.name;
         if (f.target != &options.start) continue;
         const Intervention *other = options.method;
