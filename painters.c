@@ -5303,7 +5303,7 @@ static const Flag flags[] = {
     {"What", "", HEADING, NULL, 0, 0, ""},
     {"prompt", "TEXT", WORD, &options.prompt, 0, 0, "Llama: continue TEXT; BERT: fill its [MASK]s"},
     {"eval", "TASK.tsv ...", WORDS, &options.evals, 0, 0, "score task files"},
-    {"sweep", "LIST", WORD, &options.sweep, 0, 0, "many schedules: skip,random:10,loop:1-8"},
+    {"sweep", "LIST", WORD, &options.sweep, 0, 0, "many schedules, as in skip,random:10,loop:1-8"},
     {"probe", "TRAIN.tsv", WORD, &options.probe, 0, 0, "BERT: fit a classifier, --eval with it"},
     {"cosine", "[TASK.tsv]", OPTIONAL, &options.cosine, 0, 0,
      "cosine similarity of hidden states, over a task or of --prompt"},
