@@ -2369,7 +2369,7 @@ static struct {
     double temperature, top_p, strength;
     bool info, show, bos, no_bos, help;
 } options = {.layers = -1, .limit = -1, .batch = 2048, .tokens = 256, .top_p = 1, .strength = 1,
-             .part = 1, .n_parts = 1, .kv = "exact"};
+             .part = 1, .n_parts = 1};
 
 // Opens a model file. Dies where the file is not what it should be. The embedding API is this,
 // encode() and decode(), session_new(), sequence_new(), batch_add(), forward(), logits(),
@@ -5308,7 +5308,8 @@ static void parse_arguments(int argc, char **argv) {
 static void check_options(void) {
     const Intervention *v = options.method;
     const char *second = options.argument_flag, *takes = v ? v->argument_flag : NULL;
-    bool eval = options.n_evals > 0, exact = !strcmp(options.kv, "exact");
+    const char *kv = options.kv ? options.kv : "exact";
+    bool eval = options.n_evals > 0;
     const struct { bool broken; const char *flag, *needs; } rule[] = {
         {options.sweep && !eval && !options.show, "sweep", "--eval or --show"},
         {options.probe && !eval, "probe", "--eval"},
@@ -5318,7 +5319,7 @@ static void check_options(void) {
         {options.cosine && !*options.cosine && !options.prompt, "cosine", "a task or --prompt"},
         {options.layers > 0 && !options.show, "layers", "--show"},
         {options.bos && options.no_bos, "bos", "no --no-bos"},
-        {!exact && strcmp(options.kv, "mean"), "kv", "exact or mean"},
+        {strcmp(kv, "exact") && strcmp(kv, "mean"), "kv", "exact or mean"},
         {options.path && v, "path", "no other schedule"},
         {second && (!takes || strcmp(second, takes)), second, "the flag that --help names"}};
     for (size_t i = 0; i < sizeof rule / sizeof *rule; i++) {
@@ -5343,8 +5344,8 @@ static void run_command(void) {
     Schedule schedule = options.path ? schedule_parse(options.path, T, "--path") : schedule_build(
         options.method, T, options.start, options.argument);
     Session *s = session_new(m);
-    s->kv_mean = !strcmp(options.kv, "mean");
-    if (options.show && options.sweep) show_sweep(options.sweep, T);
+    s->kv_mean = options.kv && !strcmp(options.kv, "mean");
+    if (options.show && options.sweep) show_sweep(options.sweep, schedule.n_layers);
     else if (options.show) puts(schedule_text(&schedule));
     else if (options.info) print_info(m);
     else if (options.quantize) model_quantize(m, options.quantize);
