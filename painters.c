@@ -159,16 +159,16 @@ static char *copy_string(const char *s) {
     return strcpy(allocate((int64_t)strlen(s) + 1, 1, "text"), s);
 }
 
-// The whole of a file, with a NUL behind it; *bytes gets its length. "-" is stdin.
+// The whole of a file, with a NUL behind it; *bytes gets its length.
 static char *read_file(const char *path, int64_t *bytes) {
-    FILE *f = strcmp(path, "-") ? fopen(path, "rb") : stdin;
+    FILE *f = fopen(path, "rb");
     if (!f) die("%s: cannot be opened: %s; check the path", path, strerror(errno));
     Text t = {0};
     char part[65536];
     text_add(&t, "", 0);
     for (size_t n; (n = fread(part, 1, sizeof part, f)) > 0;) text_add(&t, part, (int64_t)n);
     if (ferror(f)) die("%s: cannot be read: %s; is it a file?", path, strerror(errno));
-    if (f != stdin) fclose(f);
+    fclose(f);
     *bytes = t.n;
     return t.s;
 }
@@ -184,18 +184,14 @@ static void close_written(FILE *f, const char *path) {
 static bool parse_int(const char *text, int64_t lo, int64_t hi, int64_t *out) {
     char *end;
     errno = 0;
-    long long v = strtoll(text, &end, 10);
-    bool starts = *text == '-' || (*text >= '0' && *text <= '9');
-    if (!starts || errno || *end || v < lo || v > hi) return false;
-    *out = v;
-    return true;
+    *out = strtoll(text, &end, 10);
+    return strspn(text, "-0123456789") && !*end && !errno && *out >= lo && *out <= hi;
 }
 
 static bool parse_double(const char *text, double *out) {
     char *end;
-    if (!*text || strspn(text, "+-.0123456789eEnainf") != strlen(text)) return false;
     *out = strtod(text, &end);
-    return end != text && !*end;
+    return strspn(text, "+-.0123456789eEnainf") == strlen(text) && end != text && !*end;
 }
 
 static double seconds(void) {
@@ -204,18 +200,16 @@ static double seconds(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-// One line of progress with an ETA, drawn over itself, when stderr is a terminal. done == total
-// ends the line.
+// One line of progress, drawn over itself, when stderr is a terminal. done == total ends the line.
 static void progress(const char *what, int64_t done, int64_t total, double started) {
     static double drawn;
-    double now = seconds(), spent = now - started, items = (double)(done ? done : 1);
+    double now = seconds(), spent = now - started;
     bool over = done >= total;
     if (quiet || !isatty(fileno(stderr)) || (!over && now - drawn < 0.2)) return;
     drawn = now;
-    int time = (int)(over ? spent : spent / items * (double)(total - done));
-    fprintf(stderr, "\r%s %lld/%lld  %.1f/s  %s %d:%02d:%02d \033[K%s", what, (long long)done,
-            (long long)total, (double)done / (spent + 1e-9), over ? "took" : "ETA", time / 3600,
-            time / 60 % 60, time % 60, over ? "\n" : "");
+    double left = spent / (double)(done ? done : 1) * (double)(total - done);
+    fprintf(stderr, "\r%s %lld/%lld  %s %.1f min \033[K%s", what, (long long)done,
+            (long long)total, over ? "took" : "ETA", (over ? spent : left) / 60, over ? "\n" : "");
 }
 
 // A weight matrix as it lies in the file: row-major, one row per output. 1-D tensors have one row.
@@ -227,6 +221,7 @@ typedef struct {
     int64_t rows, cols;
     const void *data;           // Q8: rows * cols int8
     const uint16_t *scale;      // Q8: [rows][ceil(cols / 32)] float16; weight = int8 * scale
+    const float *bias;          // [rows], of a norm [cols]: what BERT adds to the product, or NULL
 } Tensor;
 
 // ------------------------------------------------------------------------------------------------
@@ -259,17 +254,12 @@ static void schedule_add(Schedule *s, int layer, bool parallel) {
     s->first[s->n_steps] = s->n_slots;
 }
 
-// Python's random.Random(seed), as far as shuffle() needs it: MT19937 seeded with the 32-bit words
-// of |seed| (init_by_array of Matsumoto and Nishimura, mt19937ar 2002).
-typedef struct {
-    uint32_t word[624];
-    int at;
-} PythonRandom;
-
-static PythonRandom python_seed(int64_t seed) {
-    PythonRandom r = {{19650218u}, 0};
+// Python's random.Random(seed), as far as shuffle() needs it: MT19937 in w[624], seeded with the
+// 32-bit words of |seed| (init_by_array of Matsumoto and Nishimura, mt19937ar 2002).
+static void python_seed(uint32_t *w, int64_t seed) {
     uint64_t size = seed < 0 ? 0 - (uint64_t)seed : (uint64_t)seed;
-    uint32_t key[2] = {(uint32_t)size, (uint32_t)(size >> 32)}, *w = r.word;
+    uint32_t key[2] = {(uint32_t)size, (uint32_t)(size >> 32)};
+    w[0] = 19650218u;
     for (uint32_t k = 1; k < 624; k++) w[k] = 1812433253u * (w[k - 1] ^ w[k - 1] >> 30) + k;
     for (int k = 0; k < 624 + 623; k++) {       // round words 1 to 623 twice, from 1 to 1 and on
         int i = k % 623 + 1, j = key[1] ? k % 2 : 0;
@@ -278,15 +268,13 @@ static PythonRandom python_seed(int64_t seed) {
         else w[i] = (w[i] ^ mixed * 1566083941u) - (uint32_t)i;
     }
     w[0] = 0x80000000u;
-    return r;
 }
 
-static uint32_t python_word(PythonRandom *r) {
-    uint32_t *w = r->word;
-    int i = r->at, next = (i + 1) % 624;
-    uint32_t y = (w[i] & 0x80000000u) | (w[next] & 0x7fffffffu);
+// Its n-th number, 32 bits; n counts up from 0.
+static uint32_t python_word(uint32_t *w, int64_t n) {
+    int64_t i = n % 624;
+    uint32_t y = (w[i] & 0x80000000u) | (w[(i + 1) % 624] & 0x7fffffffu);
     y = w[i] = w[(i + 397) % 624] ^ y >> 1 ^ (y & 1 ? 0x9908b0dfu : 0);
-    r->at = next;
     y ^= y >> 11;
     y ^= y << 7 & 0x9d2c5680u;
     y ^= y << 15 & 0xefc60000u;
@@ -295,35 +283,36 @@ static uint32_t python_word(PythonRandom *r) {
 
 // The interventions. Each builder fills in the middle lo <= i < hi of the T = s->n_layers layers;
 // those before and behind stay in place. For drop and swap the middle is the layers they name.
-static void build_repeat(Schedule *s, int lo, int hi, int64_t argument) {
-    (void)argument;
+static void build_repeat(Schedule *s, int lo, int hi) {
     for (int i = lo; i < hi; i++) schedule_add(s, s->n_layers / 2, false);
 }
 
-static void build_reverse(Schedule *s, int lo, int hi, int64_t argument) {
-    (void)argument;
+static void build_reverse(Schedule *s, int lo, int hi) {
     for (int i = hi - 1; i >= lo; i--) schedule_add(s, i, false);
 }
 
-// random.shuffle: Fisher-Yates from the top, each index drawn by rejection on getrandbits.
-static void build_random(Schedule *s, int lo, int hi, int64_t seed) {
-    PythonRandom r = python_seed(seed);
-    for (int i = lo; i < hi; i++) schedule_add(s, i, false);
-    int *middle = s->layer + s->n_slots - (hi - lo);
-    for (int i = hi - lo - 1; i > 0; i--) {
-        int j, bits = 0;
-        while ((i + 1) >> bits) bits++;
-        do j = (int)(python_word(&r) >> (32 - bits));
-        while (j > i);
-        int swapped = middle[i];
-        middle[i] = middle[j];
-        middle[j] = swapped;
-    }
+static void build_parallel(Schedule *s, int lo, int hi) {
+    for (int i = lo; i < hi; i++) schedule_add(s, i, i > lo);
 }
 
-static void build_loop(Schedule *s, int lo, int hi, int64_t times) {
-    for (int64_t turn = 0; turn < times; turn++) {
-        for (int i = lo; i < hi; i++) schedule_add(s, i, i > lo);
+static void build_loop(Schedule *s, int lo, int hi) {
+    for (int64_t turn = 0; turn < s->argument; turn++) build_parallel(s, lo, hi);
+}
+
+// random.shuffle: Fisher-Yates from the top, each index drawn by rejection on getrandbits.
+static void build_random(Schedule *s, int lo, int hi) {
+    uint32_t state[624];
+    int64_t drawn = 0;
+    python_seed(state, s->argument);
+    for (int i = lo; i < hi; i++) schedule_add(s, i, false);
+    int *middle = s->layer + lo;
+    for (int i = hi - lo - 1; i > 0; i--) {
+        int j, bits = 0, top = middle[i];
+        while ((i + 1) >> bits) bits++;
+        do j = (int)(python_word(state, drawn++) >> (32 - bits));
+        while (j > i);
+        middle[i] = middle[j];
+        middle[j] = top;
     }
 }
 
@@ -332,30 +321,32 @@ static void build_loop(Schedule *s, int lo, int hi, int64_t times) {
 // layer k; TWO takes k and k+1.
 enum { MIDDLE, ONE, TWO };
 typedef struct {
-    const char *name;           // the flag is --name
+    const char *name, *help;    // the flag is --name
     int range;
-    const char *argument_flag;  // a second number: its flag, lowest and highest value, default
-    int64_t lowest, highest, standard;
-    void (*build)(Schedule *s, int lo, int hi, int64_t argument);     // NULL: leaves the middle out
-    const char *help;
+    void (*build)(Schedule *s, int lo, int hi);     // NULL: leaves the middle out
+    const char *argument_flag, *argument_help;      // a second number, s->argument; NULL: none
+    int64_t lowest, highest, standard;              // what it can be, and is by default
 } Intervention;
 
 static const Intervention interventions[] = {
-    {"skip", MIDDLE, NULL, 0, 0, -1, NULL, "skip the middle layers S < i < T-S"},
-    {"repeat", MIDDLE, NULL, 0, 0, -1, build_repeat, "run layer T/2 in place of each middle layer"},
-    {"reverse", MIDDLE, NULL, 0, 0, -1, build_reverse, "run the middle layers last to first"},
-    {"random", MIDDLE, "seed", (int64_t)-9.2e18, (int64_t)9.2e18, 0, build_random,
-     "shuffle the middle layers as Python's random.seed(N) does (default 0)"},
-    {"parallel", MIDDLE, NULL, 1, 1, 1, build_loop, "run the middle layers as one averaged step"},
-    {"loop", MIDDLE, "times", 1, 100000, 3, build_loop, "that step N times (default 3)"},
-    {"drop", ONE, NULL, 0, 0, -1, NULL, "leave out one layer"},
-    {"swap", TWO, NULL, 0, 0, -1, build_reverse, "exchange layers K and K+1"},
+    {"skip", "leave out the middle", .range = MIDDLE},
+    {"repeat", "run layer T/2 in place of each of the middle", .build = build_repeat},
+    {"reverse", "run the middle last to first", .build = build_reverse},
+    {"random", "shuffle the middle", .build = build_random,
+     .argument_flag = "seed", .lowest = -9.2e18, .highest = 9.2e18, .standard = 0,
+     .argument_help = "with --random: as Python's random.seed(N) shuffles (default 0)"},
+    {"parallel", "run the middle as one step, its outputs averaged", .build = build_parallel},
+    {"loop", "run that step several times, each on the last average", .build = build_loop,
+     .argument_flag = "times", .lowest = 1, .highest = 100000, .standard = 3,
+     .argument_help = "with --loop: how many times (default 3)"},
+    {"drop", "leave out layer K", .range = ONE},
+    {"swap", "exchange layers K and K+1", .range = TWO, .build = build_reverse},
 };
 enum { N_INTERVENTIONS = sizeof interventions / sizeof *interventions };
 
 // The largest start that an intervention has in a model of T layers; -1: none.
 static int64_t largest_start(const Intervention *v, int T) {
-    return v->range == MIDDLE ? (T >= 2 ? (T - 2) / 2 : -1) : T - 2 + (v->range == ONE && T > 1);
+    return T < 2 ? -1 : v->range == MIDDLE ? (T - 2) / 2 : T - v->range;
 }
 
 // The schedule of an intervention, or of the untouched model where v is NULL. Dies where there is
@@ -372,10 +363,10 @@ static Schedule schedule_build(const Intervention *v, int T, int64_t start, int6
                 (long long)start, T, (long long)most);
         }
         lo = (int)start + (v->range == MIDDLE);
-        hi = v->range == MIDDLE ? T - (int)start : lo + (v->range == ONE ? 1 : 2);
+        hi = v->range == MIDDLE ? T - (int)start : lo + v->range;
     }
     for (int i = 0; i < lo; i++) schedule_add(&s, i, false);
-    if (v && v->build) v->build(&s, lo, hi, v->argument_flag ? argument : v->standard);
+    if (v && v->build) v->build(&s, lo, hi);
     for (int i = hi; i < T; i++) schedule_add(&s, i, false);
     return s;
 }
@@ -395,21 +386,16 @@ _Noreturn static void path_error(const PathReader *r, const char *expected) {
 }
 
 static int path_number(PathReader *r, const char *what, int lo, int hi) {
-    int64_t n = 0;
-    size_t digits = strspn(r->at, "0123456789");
-    for (size_t i = 0; i < digits && n <= hi; i++) n = n * 10 + (r->at[i] - '0');
-    char expected[64];
+    char expected[64], *end = NULL;
+    bool digit = *r->at >= '0' && *r->at <= '9';
+    long long n = digit ? strtoll(r->at, &end, 10) : -1;
     snprintf(expected, sizeof expected, "%s, %d to %d", what, lo, hi);
-    if (!digits || n < lo || n > hi) path_error(r, expected);
-    r->at += digits;
+    if (n < lo || n > hi) path_error(r, expected);
+    r->at = end;
     return (int)n;
 }
 
-static bool path_take(PathReader *r, char c) {
-    if (*r->at != c) return false;
-    r->at++;
-    return true;
-}
+static bool path_take(PathReader *r, char c) { return *r->at == c && r->at++; }
 
 static void path_step(PathReader *r, Schedule *s) {
     int64_t from = s->n_slots;
@@ -426,10 +412,8 @@ static void path_step(PathReader *r, Schedule *s) {
     } while ((group || !range) && path_take(r, '|'));
     if (group && !path_take(r, ')')) path_error(r, "\"|\", \"-\" or \")\" inside a group");
     int64_t n = s->n_slots - from;
-    if (*r->at == '*' && !group && (range || n > 1)) {
-        path_error(r, "a space or the end (\"*\" follows a layer or a (group) only)");
-    }
-    int times = path_take(r, '*') ? path_number(r, "a count", 1, MAX_SLOTS) : 1;
+    bool repeats = (group || (n == 1 && !range)) && path_take(r, '*');
+    int times = repeats ? path_number(r, "a count", 1, MAX_SLOTS) : 1;
     for (int64_t i = 0; i < n * (times - 1); i++) schedule_add(s, s->layer[from + i], i % n > 0);
 }
 
@@ -438,7 +422,8 @@ static Schedule schedule_parse(const char *text, int T, const char *place) {
     Schedule s = {.n_layers = T, .method = "path", .start = -1, .argument = -1};
     PathReader r = {text, text, place};
     for (path_step(&r, &s); *r.at; path_step(&r, &s)) {
-        if (!path_take(&r, ' ')) path_error(&r, "a space, or the end of the path");
+        if (path_take(&r, ' ')) continue;
+        path_error(&r, "a space or the end (\"*\" follows a single layer or a group)");
     }
     return s;
 }
@@ -446,7 +431,6 @@ static Schedule schedule_parse(const char *text, int T, const char *place) {
 // The schedule as --show prints it and --path reads it: `0 1 2|3|4 5`. The caller releases it.
 static char *schedule_text(const Schedule *s) {
     Text t = {0};
-    text_add(&t, "", 0);
     for (int64_t i = 0; i < s->n_steps; i++) {
         for (int64_t j = s->first[i]; j < s->first[i + 1]; j++) {
             text_printf(&t, "%s%d", j > s->first[i] ? "|" : i ? " " : "", s->layer[j]);
@@ -464,20 +448,18 @@ enum { ROPE_HALVES = 1, ROPE_PAIRS = 2 };   // rotate (i, i + head_dim/2), or (2
 
 typedef struct Tokenizer Tokenizer;
 
-typedef struct {                // one layer; biases and *_bias are BERT's alone
+typedef struct {                // one layer
     Tensor q, k, v, o;          // [heads * head_dim, dim], [kv_heads * head_dim, dim] x2, [dim, *]
     Tensor gate, up, down;      // [hidden, dim] twice, [dim, hidden]; BERT has no gate
-    float *attn_norm, *ffn_norm, *attn_norm_bias, *ffn_norm_bias;       // [dim]
-    float *q_bias, *k_bias, *v_bias, *o_bias, *up_bias, *down_bias;
+    Tensor attn_norm, ffn_norm; // float32 [dim], as all norms
 } Layer;
 
 typedef struct {                // a linear classifier on BERT's pooled output
     char name[56];
     Tensor weight;              // [labels, dim]
-    float *bias;                // [labels]
     bool regression;
     int n_labels;
-    const char **labels;        // label names in the order of the outputs
+    char **labels;              // label names in the order of the outputs
 } Head;
 
 typedef struct {
@@ -497,12 +479,10 @@ typedef struct {
     char *notes;                            // strings "key <TAB> value", the last one is empty
     Tensor embed;                           // [vocab, dim]
     Tensor output;                          // Llama: the head, [vocab, dim]; `embed` where tied
-    float *norm;                            // Llama: the final norm, [dim]
-    Tensor positions, segments;             // BERT: [max_length, dim], [n_segments, dim]
-    float *embed_norm, *embed_norm_bias;    // BERT: [dim]
+    Tensor norm;                            // Llama: the final norm, [dim]
+    Tensor positions, segments, embed_norm; // BERT: [max_length, dim], [n_segments, dim], [dim]
     bool has_pooler, has_mlm;
-    Tensor pooler, mlm, mlm_out;            // BERT: [dim, dim] twice, [vocab, dim]
-    float *pooler_bias, *mlm_bias, *mlm_norm, *mlm_norm_bias, *mlm_out_bias;
+    Tensor pooler, mlm, mlm_norm, mlm_out;  // BERT: [dim, dim] twice, [dim], [vocab, dim]
     Layer *layers;                          // [n_layers]
     Head *heads;                            // [n_heads_named]
     float *rope_frequency;                  // Llama: [head_dim / 2], radians per position
@@ -545,9 +525,8 @@ static void model_map(Model *m) {
     void *p = MAP_FAILED;
     int fd = open(m->path, O_RDONLY);
     if (fd >= 0 && !fstat(fd, &info)) {
-        errno = EINVAL;                         // of a folder, a pipe, an empty file
-        m->bytes = S_ISREG(info.st_mode) ? info.st_size : 0;
-        if (m->bytes) p = mmap(NULL, (size_t)m->bytes, PROT_READ, MAP_SHARED, fd, 0);
+        m->bytes = info.st_size;
+        p = mmap(NULL, (size_t)m->bytes, PROT_READ, MAP_SHARED, fd, 0);
     }
     if (p == MAP_FAILED) {
         die("%s: no regular file that can be mapped: %s; name a model", m->path, strerror(errno));
@@ -561,9 +540,13 @@ static void need(const Model *m, bool good, const char *place, const char *fault
     if (!good) die("%s: %s: %s; export the model again", m->path, place, fault);
 }
 
-// Do n bytes at `at` lie within the first `bytes`?
-static bool within(int64_t at, int64_t n, int64_t bytes) {
-    return at >= 0 && n >= 0 && at <= bytes && n <= bytes - at;
+// The integer of 4 or 8 bytes at byte `at` of the header; it must lie in lo..hi.
+static int64_t header_field(const Model *m, int64_t at, int bytes, int64_t lo, int64_t hi,
+                            const char *name) {
+    int64_t v = bytes == 8 ? read_i64(m->file + at) : (int32_t)read_u32(m->file + at);
+    if (v >= lo && v <= hi) return v;
+    die("%s: byte %lld: %s is %lld, allowed are %lld to %lld; export the model again", m->path,
+        (long long)at, name, (long long)v, (long long)lo, (long long)hi);
 }
 
 static int64_t stored_bytes(int type, int64_t rows, int64_t cols) {
@@ -582,23 +565,22 @@ static void model_header(Model *m) {
         die("%s: model files are little-endian, this machine is not; use another", m->path);
     }
     need(m, m->bytes >= 192 && !memcmp(f, "PAINTERS", 8), "byte 0", "not a painters model file");
-    need(m, read_u32(f + 8) == 1, "byte 8", "not of version 1, which this program reads");
+    header_field(m, 8, 4, 1, 1, "version");
+    m->arch = (int)header_field(m, 12, 4, LLAMA, BERT, "arch");
     need(m, read_i64(f + 16) == m->bytes, "byte 16", "the file is cut off, or too long");
-    int64_t header = read_i64(f + 24), text = read_i64(f + 48), text_bytes = read_i64(f + 56);
-    int64_t notes = read_i64(f + 144), notes_bytes = read_i64(f + 152);
-    need(m, header >= 192 && header <= m->bytes && header % 64 == 0, "byte 24",
-         "the header's length is wrong");
-    need(m, header_checksum(f, header) == read_u32(f + 32), "byte 32",
+    int64_t header = header_field(m, 24, 8, 192, m->bytes, "header_bytes");
+    need(m, header % 64 == 0 && header_checksum(f, header) == read_u32(f + 32), "byte 32",
          "the header's checksum is wrong: the file is damaged");
-    m->n_tensors = (int)read_u32(f + 36);
-    need(m, read_i64(f + 40) == 192 && m->n_tensors > 0 && m->n_tensors <= (header - 192) / 96 &&
-         within(text, text_bytes, header) && within(notes, notes_bytes, header), "byte 40",
-         "the tensor table, the tokenizer or the notes lie outside the header");
+    m->n_tensors = (int)header_field(m, 36, 4, 1, (header - 192) / 96, "n_tensors");
+    header_field(m, 40, 8, 192, 192, "table_offset");
+    int64_t text = header_field(m, 48, 8, 0, header, "tokenizer_offset");
+    int64_t text_bytes = header_field(m, 56, 8, 0, header - text, "tokenizer_bytes");
+    int64_t notes = header_field(m, 144, 8, 0, header, "meta_offset");
+    int64_t notes_bytes = header_field(m, 152, 8, 0, header - notes, "meta_bytes");
     m->notes = model_allocate(m, notes_bytes + 2, 1, "notes");
     memcpy(m->notes, f + notes, (size_t)notes_bytes);
     for (char *p = m->notes; (p = strchr(p, '\n'));) *p++ = 0;
-    m->arch = (int)read_u32(f + 12);
-    need(m, m->arch == LLAMA || m->arch == BERT, "byte 12", "the architecture is unknown");
+
     bool llama = m->arch == LLAMA;
     _Static_assert(offsetof(Model, head_dim) - offsetof(Model, dim) == 18 * 4, "file's order");
     memcpy((char *)m + offsetof(Model, dim), f + 64, 19 * 4);
@@ -608,34 +590,30 @@ static void model_header(Model *m) {
         {"n_heads", 1, 1 << 14}, {"n_kv_heads", 1, m->n_heads}, {"vocab_size", 1, 1 << 24},
         {"max_length", 1, 1 << 24}, {"n_segments", !llama, 1 << 10},
         {"rope_pairs", llama, 2 * llama}, {"rope_theta", -any, any}, {"norm_eps", -any, any},
-        {"tokenizer", 0, 2},
+        {"tokenizer", text_bytes > 0, text_bytes > 0 ? 2 : 0},
         {"bos", -1, ids}, {"eos", -1, ids}, {"unk", -1, ids}, {"pad", -1, ids}, {"mask", -1, ids},
         {"flags", -any, any}, {"head_dim", 1, 1 << 16}};
     for (int i = 0; i < 19; i++) {
-        int v = (int)read_u32(f + 64 + 4 * i);
-        if (v >= fields[i].lo && v <= fields[i].hi) continue;
-        die("%s: byte %d: %s is %d, allowed are %lld to %lld; export the model again", m->path,
-            64 + 4 * i, fields[i].name, v, (long long)fields[i].lo, (long long)fields[i].hi);
+        header_field(m, 64 + 4 * i, 4, fields[i].lo, fields[i].hi, fields[i].name);
     }
     need(m, m->n_heads % m->n_kv_heads == 0 && m->norm_eps >= 0 && m->norm_eps < 1 &&
          (llama ? m->head_dim % 2 == 0 && m->rope_theta > 0 && m->rope_theta < 1e30f
                 : (int64_t)m->n_heads * m->head_dim == m->dim), "byte 64",
          "n_heads, n_kv_heads, head_dim, dim, norm_eps and rope_theta cannot all be right");
-    need(m, !m->tokenizer_kind == !text_bytes, "byte 108",
-         "a tokenizer without a kind, or the reverse");
+
     m->tensors = model_allocate(m, m->n_tensors, sizeof *m->tensors, "tensors");
     int64_t end = header;
     for (int i = 0; i < m->n_tensors; i++) {    // of known types, in order, inside the file
-        const unsigned char *e = (const unsigned char *)tensor_name(m, i);
-        int64_t rank = read_u32(e + 60), rows = read_i64(e + 64), cols = read_i64(e + 72);
-        int64_t at = read_i64(e + 80), bytes = read_i64(e + 88);
-        uint32_t type = read_u32(e + 56);
-        need(m, !e[55], "byte 192", "a tensor's name does not end");
-        need(m, type < N_TYPES && (rank == 2 || (rank == 1 && rows == 1)) && rows >= 1 &&
-             cols >= 1 && rows <= 1 << 30 && cols <= 1 << 30 && at >= end && at % 64 == 0 &&
-             bytes == stored_bytes((int)type, rows, cols) && within(at, bytes, m->bytes),
-             (const char *)e, "the tensor's type, shape or place is wrong");
-        m->tensors[i] = (Tensor){(int)type, rows, cols, f + at, NULL};
+        int64_t e = 192 + 96 * (int64_t)i;
+        int type = (int)header_field(m, e + 56, 4, 0, N_TYPES - 1, "a tensor's type");
+        int64_t rank = header_field(m, e + 60, 4, 1, 2, "a tensor's rank");
+        int64_t rows = header_field(m, e + 64, 8, 1, rank == 1 ? 1 : 1 << 30, "a tensor's rows");
+        int64_t cols = header_field(m, e + 72, 8, 1, 1 << 30, "a tensor's columns");
+        int64_t bytes = stored_bytes(type, rows, cols);
+        int64_t at = header_field(m, e + 80, 8, end, m->bytes - bytes, "a tensor's offset");
+        header_field(m, e + 88, 8, bytes, bytes, "a tensor's length");
+        need(m, !f[e + 55] && at % 64 == 0, "byte 192", "a tensor's name or place is wrong");
+        m->tensors[i] = (Tensor){type, rows, cols, f + at, NULL, NULL};
         if (type == Q8) m->tensors[i].scale = (const void *)(f + at + (rows * cols + 63) / 64 * 64);
         end = at + bytes;
     }
@@ -660,35 +638,26 @@ static char *model_note(const Model *m, const char *key) {
 }
 
 static void widen(float *out, const Tensor *w, int64_t row);
+static char **split(char *s, char separator, int *n);
 
-typedef struct {                // what to take from the file
-    const char *name;
-    void *to;                   // a Tensor; or, where rows = 0, a float *: the vector, widened
-    float **bias;               // BERT's NAME_bias; NULL: has none
-    int64_t rows, cols;
-    bool wanted;
-} Part;
-
-// Gives names to tensors: the n parts, as far as they are wanted, must be there in these shapes.
-static void model_parts(Model *m, const char *prefix, const Part *p, size_t n) {
-    for (; n; p++, n--) {
-        if (!p->wanted) continue;
-        char name[160];
-        snprintf(name, sizeof name, "%.79s%.79s", prefix, p->name);
-        const Tensor *t = model_find(m, name);
-        need(m, t && t->rows == (p->rows ? p->rows : 1) && t->cols == p->cols, name,
-             "the tensor is missing, or not of the shape that the header says");
-        if (p->rows) {
-            *(Tensor *)p->to = *t;
-        } else {
-            float *vector = *(float **)p->to = model_allocate(m, p->cols, sizeof *vector, name);
-            widen(vector, t, 0);
-        }
-        if (!p->bias || m->arch != BERT) continue;
-        snprintf(name, sizeof name, "%s_bias", p->name);
-        Part bias = {name, p->bias, NULL, 0, p->rows ? p->rows : p->cols, true};
-        model_parts(m, prefix, &bias, 1);
+// The tensor PREFIX NAME, which must be there in this shape, and where it is `biased` its bias
+// PREFIX NAME_bias. A vector has 0 rows here; its values are widened to float32.
+static Tensor model_part(Model *m, const char *prefix, const char *name, int64_t rows,
+                         int64_t cols, bool biased) {
+    char whole[160];
+    snprintf(whole, sizeof whole, "%.79s%.79s", prefix, name);
+    const Tensor *t = model_find(m, whole);
+    need(m, t && t->rows == (rows ? rows : 1) && t->cols == cols, whole,
+         "the tensor is missing, or not of the shape that the header says");
+    Tensor part = *t;
+    if (!rows) {
+        float *wide = model_allocate(m, cols, sizeof *wide, whole);
+        widen(wide, t, 0);
+        part = (Tensor){F32, 1, cols, wide, NULL, NULL};
     }
+    snprintf(whole, sizeof whole, "%.79s_bias", name);
+    if (biased) part.bias = model_part(m, prefix, whole, 0, rows ? rows : cols, false).data;
+    return part;
 }
 
 // Every tensor "heads.NAME.weight" is a classifier; its labels stand in the notes.
@@ -698,25 +667,17 @@ static void model_heads(Model *m) {
         const char *name = tensor_name(m, i), *end = strstr(name, ".weight");
         if (strncmp(name, "heads.", 6) || !end || end[7] || end == name + 5) continue;
         int64_t n = m->tensors[i].rows;
-        need(m, n <= 1 << 16, name, "a classifier with over 65536 labels");
         Head *h = &m->heads[m->n_heads_named++];
         char key[80];
         snprintf(h->name, sizeof h->name, "%.*s", (int)(end - name - 6), name + 6);
         snprintf(key, sizeof key, "heads.%s.", h->name);
-        const Part parts[] = {{"weight", &h->weight, NULL, n, m->dim, true},
-                              {"bias", &h->bias, NULL, 0, n, true}};
-        model_parts(m, key, parts, 2);
+        h->weight = model_part(m, key, "weight", n, m->dim, false);
+        h->weight.bias = model_part(m, key, "bias", 0, n, false).data;
         snprintf(key, sizeof key, "head.%s.kind", h->name);
         h->regression = n == 1 || !strcmp(model_note(m, key), "regress");
         snprintf(key, sizeof key, "head.%s.labels", h->name);
-        h->n_labels = (int)n;
-        h->labels = model_allocate(m, n, sizeof *h->labels, "label names");
-        char *label = model_note(m, key);
-        for (int j = 0; j < n; j++) {
-            h->labels[j] = label;
-            label += strcspn(label, "|");
-            if (*label) *label++ = 0;
-        }
+        h->labels = split(model_note(m, key), '|', &h->n_labels);
+        need(m, h->n_labels == n, name, "the notes have not a name for each of its labels");
     }
 }
 
@@ -725,44 +686,41 @@ static void model_weights(Model *m) {
     int64_t d = m->dim, h = m->hidden, vocab = m->vocab_size;
     int64_t q = (int64_t)m->n_heads * m->head_dim, kv = (int64_t)m->n_kv_heads * m->head_dim;
     bool bert = m->arch == BERT, head = !bert && model_find(m, "head");
-    bool pooler = bert && model_find(m, "pooler"), mlm = bert && model_find(m, "mlm");
-    const Part parts[] = {
-        {"embed", &m->embed, NULL, vocab, d, true},
-        {"norm", &m->norm, NULL, 0, d, !bert},
-        {"head", &m->output, NULL, vocab, d, head},
-        {"positions", &m->positions, NULL, m->max_length, d, bert},
-        {"segments", &m->segments, NULL, m->n_segments, d, bert},
-        {"embed_norm", &m->embed_norm, &m->embed_norm_bias, 0, d, bert},
-        {"pooler", &m->pooler, &m->pooler_bias, d, d, pooler},
-        {"mlm", &m->mlm, &m->mlm_bias, d, d, mlm},
-        {"mlm_norm", &m->mlm_norm, &m->mlm_norm_bias, 0, d, mlm},
-        {"mlm_out", &m->mlm_out, NULL, vocab, d, mlm && model_find(m, "mlm_out")},
-        {"mlm_out_bias", &m->mlm_out_bias, NULL, 0, vocab, mlm},
-    };
-    model_parts(m, "", parts, sizeof parts / sizeof *parts);
-    if (!head) m->output = m->embed;
-    if (!m->mlm_out.data) m->mlm_out = m->embed;
-    m->has_pooler = pooler;
-    m->has_mlm = mlm;
+    m->has_pooler = bert && model_find(m, "pooler");
+    m->has_mlm = bert && model_find(m, "mlm");
+    m->embed = model_part(m, "", "embed", vocab, d, false);
+    m->output = model_part(m, "", head ? "head" : "embed", vocab, d, false);
+    if (bert) {
+        m->positions = model_part(m, "", "positions", m->max_length, d, false);
+        m->segments = model_part(m, "", "segments", m->n_segments, d, false);
+        m->embed_norm = model_part(m, "", "embed_norm", 0, d, true);
+        model_heads(m);
+    } else {
+        m->norm = model_part(m, "", "norm", 0, d, false);
+    }
+    if (m->has_pooler) m->pooler = model_part(m, "", "pooler", d, d, true);
+    if (m->has_mlm) {
+        const char *output = model_find(m, "mlm_out") ? "mlm_out" : "embed";
+        m->mlm = model_part(m, "", "mlm", d, d, true);
+        m->mlm_norm = model_part(m, "", "mlm_norm", 0, d, true);
+        m->mlm_out = model_part(m, "", output, vocab, d, false);
+        m->mlm_out.bias = model_part(m, "", "mlm_out_bias", 0, vocab, false).data;
+    }
     m->layers = model_allocate(m, m->n_layers, sizeof *m->layers, "layers");
     for (int i = 0; i < m->n_layers; i++) {
         Layer *l = &m->layers[i];
-        char prefix[32];
-        snprintf(prefix, sizeof prefix, "layers.%d.", i);
-        const Part own[] = {
-            {"attn_norm", &l->attn_norm, &l->attn_norm_bias, 0, d, true},
-            {"q", &l->q, &l->q_bias, q, d, true},
-            {"k", &l->k, &l->k_bias, kv, d, true},
-            {"v", &l->v, &l->v_bias, kv, d, true},
-            {"o", &l->o, &l->o_bias, d, q, true},
-            {"ffn_norm", &l->ffn_norm, &l->ffn_norm_bias, 0, d, true},
-            {"gate", &l->gate, NULL, h, d, !bert},
-            {"up", &l->up, &l->up_bias, h, d, true},
-            {"down", &l->down, &l->down_bias, d, h, true},
-        };
-        model_parts(m, prefix, own, sizeof own / sizeof *own);
+        char at[32];
+        snprintf(at, sizeof at, "layers.%d.", i);
+        l->attn_norm = model_part(m, at, "attn_norm", 0, d, bert);
+        l->q = model_part(m, at, "q", q, d, bert);
+        l->k = model_part(m, at, "k", kv, d, bert);
+        l->v = model_part(m, at, "v", kv, d, bert);
+        l->o = model_part(m, at, "o", d, q, bert);
+        l->ffn_norm = model_part(m, at, "ffn_norm", 0, d, bert);
+        if (!bert) l->gate = model_part(m, at, "gate", h, d, false);
+        l->up = model_part(m, at, "up", h, d, bert);
+        l->down = model_part(m, at, "down", d, h, bert);
     }
-    if (bert) model_heads(m);
     m->rope_frequency = model_allocate(m, m->head_dim / 2, sizeof(float), "rotary frequencies");
     for (int i = 0; i < m->head_dim / 2; i++) {         // float32 steps, as Hugging Face takes them
         m->rope_frequency[i] = 1.0f / powf(m->rope_theta, (float)(2 * i) / (float)m->head_dim);
@@ -1180,7 +1138,7 @@ static void outputs(float *y, const float *x, int64_t ldx, const Tensor *w, cons
                     bool direct) {
     int64_t rows = w->rows - row < PANEL ? w->rows - row : PANEL;
     float *c = scratch(1, PANEL * (CHUNK * LANES + DEPTH + PAD)), *wide = c + CHUNK * PANEL * LANES;
-    const Tensor panel = {F32, rows, DEPTH + PAD, wide, NULL};
+    const Tensor panel = {F32, rows, DEPTH + PAD, wide, NULL, NULL};
     memset(c, 0, (size_t)(some * PANEL * LANES) * sizeof *c);
     for (int64_t k = 0; k < w->cols; k += depth) {
         int64_t here = w->cols - k < depth ? w->cols - k : depth;
@@ -1628,54 +1586,53 @@ static void gelu(float *x, int64_t n) { kernels->gelu(x, n); }
 // sequence owns a segment of keys and values, and may have a parent whose rows come before its own:
 // the choices of a question are children of its context, and read its keys instead of computing
 // them again.
-enum { MAX_DEPTH = 8 };         // a sequence and its ancestors
+enum {
+    MAX_DEPTH = 8,              // a sequence and its ancestors
+    RUN = 32,                   // neighbouring rows of a sequence that attention takes together
+    WORTH_THREADS = 1 << 19     // operations; fewer are not worth waking threads for
+};
 
 typedef struct {
-    int parent;                 // index of the sequence that comes before, or -1
-    int64_t before;             // rows of all ancestors: the position of the first own row
-    int64_t length, pending;    // own rows held by the cache, and rows added by the present batch
-    int64_t capacity;           // own rows there is room for, a multiple of 16
+    int parent, depth;          // index of the sequence that comes before, or -1; 1 without one
+    int64_t start, end;         // positions of its first token and behind its last
+    int64_t capacity;           // tokens there is room for, a multiple of 16
     int64_t n_slots;            // places of the schedule that keep their keys and values. 1: they
                                 // are read in this pass only, and one slot serves every layer
     float *data;                // [n_slots][kv_heads] x { K [capacity/16][head_dim][16],
-    int64_t data_capacity;      //                         V [capacity][value_stride] }
+                                //                         V [capacity][value_stride] }
 } Sequence;
 
-typedef struct { int sequence; int64_t row, n; } Run;   // rows of one sequence, standing together
+typedef struct {
+    int id, segment, sequence;  // segment: BERT's token type
+    int64_t position;
+} Token;
 
 typedef struct {                // the rows that the next pass runs
-    int64_t n_rows, capacity, n_runs, runs_capacity;
-    int *token, *segment;       // [rows]; segment is BERT's token type
-    int64_t *position;          // [rows]
-    float *rope;                // [rows][head_dim / 2][2]: cosine and sine
-    Run *runs;
+    Token *tokens;              // [n_rows]
+    int64_t *first;             // [n_runs + 1]: run i is rows first[i] to first[i + 1]
+    int64_t n_rows, n_runs, row_capacity, run_capacity;
+    int64_t n_pairs;            // of a row and a key that it sees
 } Batch;
 
-typedef struct Session Session;
-struct Session {                // everything a forward pass needs beside the model
+typedef struct {                // everything a forward pass needs beside the model
     const Model *model;
     bool kv_mean;               // --kv mean: one slot per parallel step (SPEC: the public code)
     Sequence *sequences;
     int64_t n_sequences, sequences_capacity;
     Batch batch;
-    float *x;                                   // [rows][dim]: the residual stream
-    float *normed, *out, *input, *sum;          // [rows][dim]
+    float *x, *y, *mean;                        // [rows][dim]: the residual stream before a layer,
+                                                // behind it, and the mean of a step's layers
+    float *h;                                   // [rows][dim]: input or output of half a layer
     float *q, *att;                             // [rows][heads * head_dim]
-    float *k, *v, *k_sum, *v_sum;               // [rows][kv_heads * head_dim]
+    float *k, *v, *k_mean, *v_mean;             // [rows][kv_heads * head_dim]
     float *gate, *up;                           // [rows][hidden]
+    float *rope;                                // [rows][head_dim / 2][2]: cosine and sine
     float *work;                                // what all these are pieces of,
-    int64_t work_rows;                          // and the rows they have room for
-    int64_t layer_passes, layer_rows;           // layers run so far, and rows they ran on
-    void (*listener)(Session *s, void *data);   // called on x after the embedding and each step
-    void *listener_data;
-};
+    int64_t work_rows;                          // and the rows there is room for
+    int64_t layer_passes;                       // layers run so far
+} Session;
 
 static int64_t value_stride(const Model *m) { return (m->head_dim + 15) / 16 * 16; }
-
-// Small work is not worth waking threads for. (Without OpenMP nobody asks.)
-__attribute__((unused)) static bool worth_threads(int64_t operations) {
-    return operations > 1 << 19;
-}
 
 static Session *session_new(const Model *m) {
     Session *s = allocate(1, sizeof *s, "session");
@@ -1683,196 +1640,145 @@ static Session *session_new(const Model *m) {
     return s;
 }
 
-static void batch_free(Batch *b) {
-    release(b->token);
-    release(b->segment);
-    release(b->position);
-    release(b->rope);
-    release(b->runs);
-    *b = (Batch){0};
-}
-
 static void session_free(Session *s) {
     for (int64_t i = 0; i < s->sequences_capacity; i++) release(s->sequences[i].data);
-    release(s->work);
-    batch_free(&s->batch);
     release(s->sequences);
+    release(s->batch.tokens);
+    release(s->batch.first);
+    release(s->work);
     release(s);
 }
 
-// Forgets all sequences from index `keep` on; their memory stays for those that follow.
+// Ends a pass: the batch's rows stay with their sequences, and the batch is empty.
+static void batch_commit(Session *s) { s->batch.n_rows = s->batch.n_runs = s->batch.n_pairs = 0; }
+
+// Forgets all sequences from index `keep` on.
 static void session_reset(Session *s, int64_t keep) {
     s->n_sequences = keep;
-    s->batch.n_rows = s->batch.n_runs = 0;
-    for (int64_t i = 0; i < keep; i++) s->sequences[i].pending = 0;
+    batch_commit(s);
 }
 
-// Makes sequence `i` an empty one with room for `capacity` rows in each of n_slots slots.
+// Makes sequence `i` an empty one with room for `capacity` tokens in each of n_slots slots.
 static void sequence_open(Session *s, int64_t i, int parent, int64_t capacity, int64_t n_slots) {
     const Model *m = s->model;
+    const Sequence *p = parent < 0 ? NULL : &s->sequences[parent];
     Sequence *q = &s->sequences[i];
     q->parent = parent;
-    q->length = q->pending = 0;
-    q->n_slots = n_slots;
+    q->depth = p ? p->depth + 1 : 1;
+    if (q->depth > MAX_DEPTH) die("a sequence has over %d ancestors; put them into one", MAX_DEPTH);
+    q->start = q->end = p ? p->end : 0;
     q->capacity = (capacity + 15) / 16 * 16;
-    int64_t row = m->n_kv_heads * (m->head_dim + value_stride(m));
-    if (q->capacity > (int64_t)(PTRDIFF_MAX / 64) / row / n_slots) {
-        die("key/value cache: %lld tokens in %lld places of the schedule are beyond this machine; "
-            "use a shorter schedule or text", (long long)capacity, (long long)n_slots);
-    }
-    if (q->data_capacity < q->capacity * row * n_slots) {
-        release(q->data);
-        q->data_capacity = 0;
-        q->data = NULL;
-        q->data = allocate(q->capacity * row * n_slots, sizeof *q->data, "key/value cache");
-        q->data_capacity = q->capacity * row * n_slots;
-    }
-    const Sequence *p = parent < 0 ? NULL : &s->sequences[parent];
-    q->before = p ? p->before + p->length + p->pending : 0;
+    q->n_slots = n_slots;
+    int64_t width = m->n_kv_heads * (m->head_dim + value_stride(m));
+    float *data = allocate(q->capacity * n_slots, width * (int64_t)sizeof *data, "key/value cache");
+    release(q->data);
+    q->data = data;
 }
 
-// A new sequence behind `parent` (-1: none) with room for `capacity` rows in each of n_slots slots.
+// A new sequence behind `parent` (-1: none) with room for `capacity` tokens in each of its slots.
 static int sequence_new(Session *s, int parent, int64_t capacity, int64_t n_slots) {
-    int depth = 1;
-    for (int i = parent; i >= 0; i = s->sequences[i].parent) depth++;
-    if (depth > MAX_DEPTH) die("a sequence has over %d ancestors; put them into one", MAX_DEPTH);
     s->sequences = grow(s->sequences, &s->sequences_capacity, s->n_sequences + 1,
                         sizeof *s->sequences, "sequences");
     sequence_open(s, s->n_sequences, parent, capacity, n_slots);
     return (int)s->n_sequences++;
 }
 
-// Adds a token to the batch, behind what its sequence holds. The rows of a sequence stand together,
-// and those of a parent come before its children's. `segment` is BERT's token type.
+// Adds a token to the batch and to its sequence. The rows of a sequence stand together, and those
+// of a parent come before its children's. `segment` is BERT's token type.
 static void batch_add(Session *s, int sequence, int token, int segment) {
-    Sequence *q = &s->sequences[sequence];
     const Model *m = s->model;
+    Sequence *q = &s->sequences[sequence];
     Batch *b = &s->batch;
-    int64_t position = q->before + q->length + q->pending, n = b->n_rows;
     if (token < 0 || token >= m->vocab_size) {
         die("token %d is out of range; the model knows 0 to %d", token, m->vocab_size - 1);
     }
-    if (position >= m->max_length) {
+    if (q->end >= m->max_length) {
         die("the text is longer than the model's context of %d tokens; shorten it", m->max_length);
     }
-    if (n == b->capacity) {
-        int64_t had[3] = {n, n, n * m->head_dim};
-        b->token = grow(b->token, &had[0], n + 1, sizeof *b->token, "batch");
-        b->segment = grow(b->segment, &had[1], n + 1, sizeof *b->segment, "batch");
-        b->position = grow(b->position, &b->capacity, n + 1, sizeof *b->position, "batch");
-        b->rope = grow(b->rope, &had[2], b->capacity * m->head_dim, sizeof *b->rope, "batch");
-    }
-    if (!b->n_runs || b->runs[b->n_runs - 1].sequence != sequence) {
-        b->runs = grow(b->runs, &b->runs_capacity, b->n_runs + 1, sizeof *b->runs, "batch");
-        b->runs[b->n_runs++] = (Run){sequence, n, 0};
-    }
-    b->runs[b->n_runs - 1].n++;
-    b->token[n] = token;
-    b->segment[n] = segment;
-    b->position[n] = position;
-    q->pending++;
-    b->n_rows++;
+    b->tokens = grow(b->tokens, &b->row_capacity, b->n_rows + 1, sizeof *b->tokens, "batch");
+    b->first = grow(b->first, &b->run_capacity, b->n_runs + 2, sizeof *b->first, "batch");
+    bool goes_on = b->n_rows && b->tokens[b->n_rows - 1].sequence == sequence &&
+                   b->n_rows - b->first[b->n_runs - 1] < RUN;
+    if (!goes_on) b->n_runs++;
+    b->tokens[b->n_rows++] = (Token){token, segment, sequence, q->end++};
+    b->first[b->n_runs] = b->n_rows;
+    b->n_pairs += q->end;
 }
 
-// The keys (or the values) of one KV head in a slot of a sequence.
-static float *cache_at(const Session *s, const Sequence *q, int64_t slot, int head,
-                       bool values) {
+// The keys of one KV head in a slot of a sequence; its values follow behind capacity * head_dim.
+static float *cache_at(const Session *s, const Sequence *q, int64_t slot, int64_t head) {
     const Model *m = s->model;
     if (q->n_slots == 1) slot = 0;
-    int64_t keys = q->capacity * m->head_dim, both = keys + q->capacity * value_stride(m);
-    return q->data + (slot * m->n_kv_heads + head) * both + (values ? keys : 0);
+    return q->data + (slot * m->n_kv_heads + head) * q->capacity * (m->head_dim + value_stride(m));
 }
 
 // Writes the rows' keys and values into the cache: keys in blocks of 16 positions, transposed, so
 // that attention reads 16 keys at a time (Span, section 3).
 static void cache_store(Session *s, int64_t slot, const float *k, const float *v) {
     const Model *m = s->model;
-    int64_t d = m->head_dim, width = m->n_kv_heads * d, stride = value_stride(m);
-    for (int64_t i = 0; i < s->batch.n_runs; i++) {
-        const Run run = s->batch.runs[i];
-        const Sequence *q = &s->sequences[run.sequence];
-        #pragma omp parallel for if (worth_threads(run.n * width))
+    int64_t d = m->head_dim, width = m->n_kv_heads * d;
+    #pragma omp parallel for if (s->batch.n_rows * width > WORTH_THREADS)
+    for (int64_t r = 0; r < s->batch.n_rows; r++) {
+        const Token *token = &s->batch.tokens[r];
+        const Sequence *q = &s->sequences[token->sequence];
+        int64_t at = token->position - q->start;
         for (int head = 0; head < m->n_kv_heads; head++) {
-            float *keys = cache_at(s, q, slot, head, false);
-            float *values = cache_at(s, q, slot, head, true);
-            for (int64_t r = 0; r < run.n; r++) {
-                int64_t at = q->length + r, from = (run.row + r) * width + head * d;
-                float *block = keys + at / 16 * 16 * d + at % 16;
-                for (int64_t j = 0; j < d; j++) block[j * 16] = k[from + j];
-                memcpy(values + at * stride, v + from, (size_t)d * sizeof *v);
-            }
+            float *keys = cache_at(s, q, slot, head), *values = keys + q->capacity * d;
+            int64_t from = r * width + head * d;
+            for (int64_t i = 0; i < d; i++) keys[at / 16 * 16 * d + i * 16 + at % 16] = k[from + i];
+            memcpy(values + at * value_stride(m), v + from, (size_t)d * sizeof *v);
         }
     }
 }
 
-// Attention of all rows over the keys of their sequences and ancestors: s->q in, s->att out. One
-// piece of work is a few rows of one sequence and one KV head.
+// Attention of all rows over the keys and values of their sequences and ancestors: s->q in, s->att
+// out. One piece of work is a run and a KV head, with the query heads that share it.
 static void attention(Session *s, int64_t slot) {
-    enum { PIECE = 32 };
     const Model *m = s->model;
+    const Batch *b = &s->batch;
     int64_t group = m->n_heads / m->n_kv_heads, ld = (int64_t)m->n_heads * m->head_dim;
-    int64_t n_pieces = 0, operations = 0;
-    for (int64_t i = 0; i < s->batch.n_runs; i++) {
-        const Run *run = &s->batch.runs[i];
-        n_pieces += (run->n + PIECE - 1) / PIECE;
-        operations += run->n * (s->batch.position[run->row] + run->n) * ld;
-    }
-    struct { const Run *run; int64_t row; } *pieces = allocate(n_pieces, sizeof *pieces, "attention");
-    for (int64_t i = 0, at = 0; i < s->batch.n_runs; i++) {
-        const Run *run = &s->batch.runs[i];
-        for (int64_t r = 0; r < run->n; r += PIECE, at++) {
-            pieces[at].run = run;
-            pieces[at].row = r;
+    cache_store(s, slot, s->k, s->v);
+    #pragma omp parallel for schedule(dynamic) if (b->n_pairs * ld > WORTH_THREADS)
+    for (int64_t piece = 0; piece < b->n_runs * m->n_kv_heads; piece++) {
+        int64_t run = b->n_runs - 1 - piece / m->n_kv_heads;    // rows that see most come first
+        int64_t row = b->first[run], n = b->first[run + 1] - row, head = piece % m->n_kv_heads;
+        int64_t at = row * ld + head * group * m->head_dim;
+        const Sequence *own = &s->sequences[b->tokens[row].sequence];
+        Span spans[MAX_DEPTH], *span = spans + MAX_DEPTH;
+        for (const Sequence *q = own; q; q = q->parent < 0 ? NULL : &s->sequences[q->parent]) {
+            const float *keys = cache_at(s, q, slot, head);
+            *--span = (Span){keys, keys + q->capacity * m->head_dim, q->end - q->start};
         }
+        bool causal = m->arch == LLAMA;         // in BERT every row sees the whole sequence
+        attend(s->att + at, s->q + at, ld, n, group, m->head_dim, span, own->depth,
+               causal ? b->tokens[row].position : own->end - n, causal);
     }
-    (void)operations;                       // without OpenMP
-    #pragma omp parallel for schedule(dynamic) if (worth_threads(operations))
-    for (int64_t work = 0; work < n_pieces * m->n_kv_heads; work++) {
-        int64_t piece = n_pieces - 1 - work / m->n_kv_heads;    // the longest rows first
-        int head = (int)(work % m->n_kv_heads);
-        const Run *run = pieces[piece].run;
-        int64_t row = pieces[piece].row, n = run->n - row < PIECE ? run->n - row : PIECE;
-        Span spans[MAX_DEPTH];
-        int at = MAX_DEPTH;
-        for (int i = run->sequence; i >= 0 && at > 0; i = s->sequences[i].parent) {
-            const Sequence *q = &s->sequences[i];
-            spans[--at] = (Span){cache_at(s, q, slot, head, false),
-                                 cache_at(s, q, slot, head, true), q->length + q->pending};
-        }
-        int64_t past = s->batch.position[run->row] + row, from = (run->row + row) * ld;
-        if (m->arch == BERT) past = run->n - n;                 // every row sees the whole sequence
-        from += head * group * m->head_dim;
-        attend(s->att + from, s->q + from, ld, n, group, m->head_dim, spans + at, MAX_DEPTH - at,
-               past, m->arch == LLAMA);
-    }
-    release(pieces);
 }
 
-// RMSNorm (Zhang and Sennrich 2019): out = x / rms(x) * weight, for n rows of d.
-static void rms_norm(float *out, const float *x, const float *weight, float eps, int64_t n,
-                     int64_t d) {
-    #pragma omp parallel for if (worth_threads(n * d))
+// RMSNorm (Zhang and Sennrich 2019) of n rows: out = x / rms(x) * weight.
+static void rms_norm(float *out, const float *x, const Tensor *norm, const Model *m, int64_t n) {
+    const float *weight = norm->data;
+    int64_t d = m->dim;
+    #pragma omp parallel for if (n * d > WORTH_THREADS)
     for (int64_t r = 0; r < n; r++) {
         const float *in = x + r * d;
-        float scale = 1.0f / sqrtf(dot(in, in, d) / (float)d + eps);
+        float scale = 1.0f / sqrtf(dot(in, in, d) / (float)d + m->norm_eps);
         for (int64_t i = 0; i < d; i++) out[r * d + i] = weight[i] * (in[i] * scale);
     }
 }
 
-// LayerNorm (Ba et al. 2016) of x + residual (or of x where residual is NULL), in place in x.
-static void layer_norm(float *x, const float *residual, const float *weight, const float *bias,
-                       float eps, int64_t n, int64_t d) {
-    #pragma omp parallel for if (worth_threads(n * d))
+// LayerNorm (Ba et al. 2016) of n rows, in place: x = (x - mean) / deviation * weight + bias.
+static void layer_norm(float *x, const Tensor *norm, const Model *m, int64_t n) {
+    const float *weight = norm->data, *bias = norm->bias;
+    int64_t d = m->dim;
+    #pragma omp parallel for if (n * d > WORTH_THREADS)
     for (int64_t r = 0; r < n; r++) {
         float *row = x + r * d;
         double mean = 0, variance = 0;
-        for (int64_t i = 0; i < d; i++) {
-            if (residual) row[i] += residual[r * d + i];
-            mean += row[i];
-        }
+        for (int64_t i = 0; i < d; i++) mean += row[i];
         mean /= (double)d;
         for (int64_t i = 0; i < d; i++) variance += (row[i] - mean) * (row[i] - mean);
-        float scale = (float)(1.0 / sqrt(variance / (double)d + eps)), middle = (float)mean;
+        float scale = (float)(1.0 / sqrt(variance / (double)d + m->norm_eps)), middle = (float)mean;
         for (int64_t i = 0; i < d; i++) row[i] = (row[i] - middle) * scale * weight[i] + bias[i];
     }
 }
@@ -1882,11 +1788,10 @@ static void rotate(const Session *s, float *x, int n_heads) {
     const Model *m = s->model;
     int64_t half = m->head_dim / 2, width = (int64_t)n_heads * m->head_dim;
     int64_t step = m->rope == ROPE_PAIRS ? 2 : 1, other = m->rope == ROPE_PAIRS ? 1 : half;
-    #pragma omp parallel for if (worth_threads(s->batch.n_rows * width))
+    #pragma omp parallel for if (s->batch.n_rows * width > WORTH_THREADS)
     for (int64_t r = 0; r < s->batch.n_rows; r++) {
-        const float *turn = s->batch.rope + r * 2 * half;
-        for (int h = 0; h < n_heads; h++) {
-            float *head = x + r * width + h * m->head_dim;
+        const float *turn = s->rope + r * m->head_dim;
+        for (float *head = x + r * width; head < x + (r + 1) * width; head += m->head_dim) {
             for (int64_t i = 0; i < half; i++) {
                 float a = head[i * step], b = head[i * step + other];
                 head[i * step] = a * turn[2 * i] - b * turn[2 * i + 1];
@@ -1896,168 +1801,85 @@ static void rotate(const Session *s, float *x, int n_heads) {
     }
 }
 
-static void add(float *x, const float *y, int64_t n) {
-    #pragma omp parallel for if (worth_threads(n))
-    for (int64_t i = 0; i < n; i++) x[i] += y[i];
+static void add(float *sum, const float *a, const float *b, int64_t n) {
+    #pragma omp parallel for if (n > WORTH_THREADS)
+    for (int64_t i = 0; i < n; i++) sum[i] = a[i] + b[i];
 }
 
-// sum = x, or += x from the second on.
-static void accumulate(float *sum, const float *x, int64_t n, bool first) {
-    if (first) memcpy(sum, x, (size_t)n * sizeof *x);
-    else add(sum, x, n);
-}
-
-static void divide(float *out, const float *x, int64_t n, int64_t by) {
-    #pragma omp parallel for if (worth_threads(n))
-    for (int64_t i = 0; i < n; i++) out[i] = x[i] / (float)by;
-}
-
-// One layer on all rows of the batch: s->x in, s->x out. It knows neither schedule nor task.
+// One layer on all rows of the batch: s->x in, s->y out. It knows neither schedule nor task.
+//     a = x + attention(norm(x))        y = a + feed_forward(norm(a))
 static void llama_layer(Session *s, const Layer *l, int64_t slot) {
     const Model *m = s->model;
-    int64_t n = s->batch.n_rows, d = m->dim, hidden = m->hidden;
-    rms_norm(s->normed, s->x, l->attn_norm, m->norm_eps, n, d);
-    matmul(s->q, s->normed, &l->q, NULL, n);
-    matmul(s->k, s->normed, &l->k, NULL, n);
-    matmul(s->v, s->normed, &l->v, NULL, n);
+    int64_t n = s->batch.n_rows, hidden = m->hidden;
+    rms_norm(s->h, s->x, &l->attn_norm, m, n);
+    matmul(s->q, s->h, &l->q, NULL, n);
+    matmul(s->k, s->h, &l->k, NULL, n);
+    matmul(s->v, s->h, &l->v, NULL, n);
     rotate(s, s->q, m->n_heads);
     rotate(s, s->k, m->n_kv_heads);
-    cache_store(s, slot, s->k, s->v);
     attention(s, slot);
-    matmul(s->out, s->att, &l->o, NULL, n);
-    add(s->x, s->out, n * d);
-    rms_norm(s->normed, s->x, l->ffn_norm, m->norm_eps, n, d);
-    matmul(s->gate, s->normed, &l->gate, NULL, n);
-    matmul(s->up, s->normed, &l->up, NULL, n);
-    #pragma omp parallel for if (worth_threads(n * hidden))
+    matmul(s->h, s->att, &l->o, NULL, n);
+    add(s->y, s->x, s->h, n * m->dim);
+
+    rms_norm(s->h, s->y, &l->ffn_norm, m, n);
+    matmul(s->gate, s->h, &l->gate, NULL, n);
+    matmul(s->up, s->h, &l->up, NULL, n);
+    #pragma omp parallel for if (n * hidden > WORTH_THREADS)
     for (int64_t r = 0; r < n; r++) silu_multiply(s->gate + r * hidden, s->up + r * hidden, hidden);
-    matmul(s->out, s->gate, &l->down, NULL, n);
-    add(s->x, s->out, n * d);
+    matmul(s->h, s->gate, &l->down, NULL, n);
+    add(s->y, s->y, s->h, n * m->dim);
 }
 
-// The same for BERT: post-norm, biases, GELU, and every row sees the whole sequence.
+// The same for BERT, which normalises behind each sum, has biases, and looks both ways:
+//     a = norm(x + attention(x))        y = norm(a + feed_forward(a))
 static void bert_layer(Session *s, const Layer *l, int64_t slot) {
     const Model *m = s->model;
-    int64_t n = s->batch.n_rows, d = m->dim, hidden = m->hidden;
-    matmul(s->q, s->x, &l->q, l->q_bias, n);
-    matmul(s->k, s->x, &l->k, l->k_bias, n);
-    matmul(s->v, s->x, &l->v, l->v_bias, n);
-    cache_store(s, slot, s->k, s->v);
+    int64_t n = s->batch.n_rows, hidden = m->hidden;
+    matmul(s->q, s->x, &l->q, l->q.bias, n);
+    matmul(s->k, s->x, &l->k, l->k.bias, n);
+    matmul(s->v, s->x, &l->v, l->v.bias, n);
     attention(s, slot);
-    matmul(s->out, s->att, &l->o, l->o_bias, n);
-    layer_norm(s->x, s->out, l->attn_norm, l->attn_norm_bias, m->norm_eps, n, d);
-    matmul(s->up, s->x, &l->up, l->up_bias, n);
-    #pragma omp parallel for if (worth_threads(n * hidden))
+    matmul(s->h, s->att, &l->o, l->o.bias, n);
+    add(s->y, s->x, s->h, n * m->dim);
+    layer_norm(s->y, &l->attn_norm, m, n);
+
+    matmul(s->up, s->y, &l->up, l->up.bias, n);
+    #pragma omp parallel for if (n * hidden > WORTH_THREADS)
     for (int64_t r = 0; r < n; r++) gelu(s->up + r * hidden, hidden);
-    matmul(s->out, s->up, &l->down, l->down_bias, n);
-    layer_norm(s->x, s->out, l->ffn_norm, l->ffn_norm_bias, m->norm_eps, n, d);
+    matmul(s->h, s->up, &l->down, l->down.bias, n);
+    add(s->y, s->y, s->h, n * m->dim);
+    layer_norm(s->y, &l->ffn_norm, m, n);
 }
 
-static void run_layer(Session *s, int layer, int64_t slot) {
-    if (s->model->arch == LLAMA) llama_layer(s, &s->model->layers[layer], slot);
-    else bert_layer(s, &s->model->layers[layer], slot);
-    s->layer_passes++;
-    s->layer_rows += s->batch.n_rows;
+// Takes x into a mean, as number i of n: they are added in their order, and the last one divides.
+static void average(float *mean, const float *x, int64_t size, int64_t i, int64_t n) {
+    #pragma omp parallel for if (size > WORTH_THREADS)
+    for (int64_t j = 0; j < size; j++) {
+        float sum = i == 0 ? x[j] : mean[j] + x[j];
+        mean[j] = i == n - 1 ? sum / (float)n : sum;
+    }
 }
 
-// Slots that a step of n layers takes in the cache.
-static int64_t step_slots(const Session *s, int64_t n) { return s->kv_mean ? 1 : n; }
-
-// One step of a schedule: its layers run one after another on the same input into one sum, in the
-// order they are named, and the sum is divided. Under --kv mean they share a slot: each layer reads
-// its own keys and values of this pass's rows there, and leaves the mean of the group behind.
-static void run_step(Session *s, const int *layers, int64_t n, int64_t slot) {
+// Step i of a schedule: the mean of what its layers make of x, in the order they are named, becomes
+// the new x. Under --kv mean they share a slot: each layer reads its own keys and values of this
+// pass's rows there, and at the end it holds the mean of the group.
+static void run_step(Session *s, const Schedule *schedule, int64_t i) {
     const Model *m = s->model;
+    int64_t first = schedule->first[i], n = schedule->first[i + 1] - first;
     int64_t size = s->batch.n_rows * m->dim, kv = s->batch.n_rows * m->n_kv_heads * m->head_dim;
-    if (n > 1) memcpy(s->input, s->x, (size_t)size * sizeof *s->x);
-    for (int64_t i = 0; i < n; i++) {
-        if (i > 0) memcpy(s->x, s->input, (size_t)size * sizeof *s->x);
-        run_layer(s, layers[i], slot + (s->kv_mean ? 0 : i));
-        if (n == 1) break;
-        accumulate(s->sum, s->x, size, i == 0);
+    void (*layer)(Session *, const Layer *, int64_t) = m->arch == LLAMA ? llama_layer : bert_layer;
+    for (int64_t j = 0; j < n; j++) {
+        layer(s, &m->layers[schedule->layer[first + j]], s->kv_mean ? i : first + j);
+        s->layer_passes++;
+        average(s->mean, s->y, size, j, n);
         if (!s->kv_mean) continue;
-        accumulate(s->k_sum, s->k, kv, i == 0);
-        accumulate(s->v_sum, s->v, kv, i == 0);
+        average(s->k_mean, s->k, kv, j, n);
+        average(s->v_mean, s->v, kv, j, n);
     }
-    if (n > 1) divide(s->x, s->sum, size, n);
-    if (n > 1 && s->kv_mean) {
-        divide(s->k, s->k_sum, kv, n);
-        divide(s->v, s->v_sum, kv, n);
-        cache_store(s, slot, s->k, s->v);
-    }
-    if (s->listener) s->listener(s, s->listener_data);
-}
-
-// Gives the working memory room for the rows of the batch.
-static void session_room(Session *s) {
-    const Model *m = s->model;
-    if (s->batch.n_rows <= s->work_rows) return;
-    int64_t n = (s->batch.n_rows + 15) / 16 * 16, q = (int64_t)m->n_heads * m->head_dim;
-    int64_t kv = (int64_t)m->n_kv_heads * m->head_dim;
-    const struct { float **p; int64_t width; } wanted[] = {
-        {&s->x, m->dim}, {&s->normed, m->dim}, {&s->out, m->dim}, {&s->input, m->dim},
-        {&s->sum, m->dim}, {&s->q, q}, {&s->att, q}, {&s->k, kv}, {&s->v, kv}, {&s->k_sum, kv},
-        {&s->v_sum, kv}, {&s->gate, m->hidden}, {&s->up, m->hidden}};
-    enum { PIECES = sizeof wanted / sizeof *wanted };
-    int64_t width = 0;
-    for (int i = 0; i < PIECES; i++) width += wanted[i].width;
-    release(s->work);
-    s->work_rows = 0;
-    s->work = NULL;
-    s->work = allocate(n * width, sizeof(float), "activations of a batch");
-    s->work_rows = n;
-    float *at = s->work;
-    for (int i = 0; i < PIECES; at += n * wanted[i++].width) *wanted[i].p = at;
-}
-
-// Starts a pass: the rows' embeddings in s->x.
-static void embed(Session *s) {
-    const Model *m = s->model;
-    int64_t d = m->dim, half = m->head_dim / 2;
-    session_room(s);
-    #pragma omp parallel for if (worth_threads(s->batch.n_rows * d))
-    for (int64_t r = 0; r < s->batch.n_rows; r++) {
-        widen(s->x + r * d, &m->embed, s->batch.token[r]);
-        if (m->arch == LLAMA) {
-            for (int64_t i = 0; i < half; i++) {
-                double angle = (double)((float)s->batch.position[r] * m->rope_frequency[i]);
-                s->batch.rope[(r * half + i) * 2] = (float)cos(angle);
-                s->batch.rope[(r * half + i) * 2 + 1] = (float)sin(angle);
-            }
-            continue;
-        }
-        float *position = s->normed + r * d, *segment = s->out + r * d;
-        widen(segment, &m->segments, s->batch.segment[r]);
-        widen(position, &m->positions, s->batch.position[r]);
-        for (int64_t i = 0; i < d; i++) {
-            s->x[r * d + i] = s->x[r * d + i] + segment[i] + position[i];
-        }
-    }
-    if (m->arch == BERT) {
-        layer_norm(s->x, NULL, m->embed_norm, m->embed_norm_bias, m->norm_eps, s->batch.n_rows, d);
-    }
-    if (s->listener) s->listener(s, s->listener_data);
-}
-
-// Ends a pass: the batch's rows now belong to their sequences, and the batch is empty.
-static void batch_commit(Session *s) {
-    for (int64_t i = 0; i < s->batch.n_runs; i++) {
-        Sequence *q = &s->sequences[s->batch.runs[i].sequence];
-        q->length += q->pending;
-        q->pending = 0;
-    }
-    s->batch.n_rows = s->batch.n_runs = 0;
-}
-
-// Runs the rows of the batch through the steps of a schedule. Afterwards s->x holds their hidden
-// states, [rows][dim], before the final norm; logits() and batch_commit() usually follow.
-static void forward(Session *s, const Schedule *schedule) {
-    embed(s);
-    for (int64_t i = 0, slot = 0; i < schedule->n_steps; i++) {
-        int64_t n = schedule->first[i + 1] - schedule->first[i];
-        run_step(s, schedule->layer + schedule->first[i], n, slot);
-        slot += step_slots(s, n);
-    }
+    if (s->kv_mean) cache_store(s, i, s->k_mean, s->v_mean);
+    float *x = s->x;
+    s->x = s->mean;
+    s->mean = x;
 }
 
 // Slots of the cache that a schedule takes.
@@ -2065,10 +1887,62 @@ static int64_t schedule_slots(const Session *s, const Schedule *schedule) {
     return s->kv_mean ? schedule->n_steps : schedule->n_slots;
 }
 
-// A copy of chosen rows of x: [n][dim].
+// Gives the working memory room for the rows of the batch.
+static void session_room(Session *s) {
+    const Model *m = s->model;
+    int64_t d = m->dim, q = (int64_t)m->n_heads * m->head_dim, hidden = m->hidden;
+    int64_t kv = (int64_t)m->n_kv_heads * m->head_dim, width = 0;
+    int64_t n = (s->batch.n_rows + 15) / 16 * 16;
+    const struct { float **p; int64_t width; } pieces[] = {
+        {&s->x, d}, {&s->y, d}, {&s->mean, d}, {&s->h, d}, {&s->q, q}, {&s->att, q}, {&s->k, kv},
+        {&s->v, kv}, {&s->k_mean, kv}, {&s->v_mean, kv}, {&s->gate, hidden}, {&s->up, hidden},
+        {&s->rope, m->head_dim}};
+    enum { PIECES = sizeof pieces / sizeof *pieces };
+    for (int i = 0; i < PIECES; i++) width += pieces[i].width;
+    if (n > s->work_rows) {
+        float *work = allocate(n, width * (int64_t)sizeof *work, "activations of a batch");
+        release(s->work);
+        s->work = work;
+        s->work_rows = n;
+    }
+    float *at = s->work;
+    for (int i = 0; i < PIECES; at += n * pieces[i++].width) *pieces[i].p = at;
+}
+
+// Starts a pass: the rows' embeddings in s->x, and how far their positions turn.
+static void embed(Session *s) {
+    const Model *m = s->model;
+    int64_t n = s->batch.n_rows, d = m->dim, half = m->head_dim / 2;
+    session_room(s);
+    #pragma omp parallel for if (n * d > WORTH_THREADS)
+    for (int64_t r = 0; r < n; r++) {
+        const Token *token = &s->batch.tokens[r];
+        float *x = s->x + r * d, *position = s->y + r * d, *segment = s->h + r * d;
+        widen(x, &m->embed, token->id);
+        for (int64_t i = 0; i < half && m->arch == LLAMA; i++) {
+            double angle = (double)((float)token->position * m->rope_frequency[i]);
+            s->rope[(r * half + i) * 2] = (float)cos(angle);
+            s->rope[(r * half + i) * 2 + 1] = (float)sin(angle);
+        }
+        if (m->arch == LLAMA) continue;
+        widen(segment, &m->segments, token->segment);
+        widen(position, &m->positions, token->position);
+        for (int64_t i = 0; i < d; i++) x[i] = x[i] + segment[i] + position[i];
+    }
+    if (m->arch == BERT) layer_norm(s->x, &m->embed_norm, m, n);
+}
+
+// Runs the rows of the batch through the steps of a schedule. Afterwards s->x holds their hidden
+// states, [rows][dim], before the final norm; logits() and batch_commit() usually follow.
+static void forward(Session *s, const Schedule *schedule) {
+    embed(s);
+    for (int64_t i = 0; i < schedule->n_steps; i++) run_step(s, schedule, i);
+}
+
+// A copy of chosen rows of x, [n][dim], and behind it room for as much again.
 static float *pick_rows(const Session *s, const int64_t *rows, int64_t n) {
     int64_t d = s->model->dim;
-    float *picked = allocate(n * d, sizeof *picked, "rows to score");
+    float *picked = allocate(2 * n * d, sizeof *picked, "rows to score");
     for (int64_t i = 0; i < n; i++) {
         memcpy(picked + i * d, s->x + rows[i] * d, (size_t)d * sizeof *picked);
     }
@@ -2079,148 +1953,131 @@ static float *pick_rows(const Session *s, const int64_t *rows, int64_t n) {
 // head. out: [n][vocab].
 static void logits(Session *s, const int64_t *rows, int64_t n, float *out) {
     const Model *m = s->model;
-    int64_t d = m->dim;
-    float *picked = pick_rows(s, rows, n);
-    float *hidden = allocate(n * d, sizeof *hidden, "rows to score");
-    if (m->arch == LLAMA) {
-        rms_norm(hidden, picked, m->norm, m->norm_eps, n, d);
-        matmul(out, hidden, &m->output, NULL, n);
-    } else {
-        if (!m->has_mlm) die("%s: has no masked-LM head; export a checkpoint with one", m->path);
-        matmul(hidden, picked, &m->mlm, m->mlm_bias, n);
-        gelu(hidden, n * d);
-        layer_norm(hidden, NULL, m->mlm_norm, m->mlm_norm_bias, m->norm_eps, n, d);
-        matmul(out, hidden, &m->mlm_out, m->mlm_out_bias, n);
+    if (m->arch == BERT && !m->has_mlm) {
+        die("%s: has no masked-LM head; export a checkpoint with one", m->path);
     }
-    release(picked);
-    release(hidden);
+    float *x = pick_rows(s, rows, n), *h = x + n * m->dim;
+    if (m->arch == LLAMA) {
+        rms_norm(h, x, &m->norm, m, n);
+        matmul(out, h, &m->output, NULL, n);
+    } else {
+        matmul(h, x, &m->mlm, m->mlm.bias, n);
+        gelu(h, n * m->dim);
+        layer_norm(h, &m->mlm_norm, m, n);
+        matmul(out, h, &m->mlm_out, m->mlm_out.bias, n);
+    }
+    release(x);
 }
 
 // BERT's pooled output of chosen rows (those of [CLS]): tanh of a dense layer. out: [n][dim].
 static void pooled(Session *s, const int64_t *rows, int64_t n, float *out) {
     const Model *m = s->model;
-    int64_t d = m->dim;
     if (!m->has_pooler) die("%s: has no pooler; export a checkpoint with one", m->path);
-    float *picked = pick_rows(s, rows, n);
-    matmul(out, picked, &m->pooler, m->pooler_bias, n);
-    for (int64_t i = 0; i < n * d; i++) out[i] = tanhf(out[i]);
-    release(picked);
+    float *x = pick_rows(s, rows, n);
+    matmul(out, x, &m->pooler, m->pooler.bias, n);
+    for (int64_t i = 0; i < n * m->dim; i++) out[i] = tanhf(out[i]);
+    release(x);
 }
 
 // 8-bit weights: groups of 32 along a row share a scale, the largest magnitude over 127.
 
-// float16 nearest to f, which is not negative and below 65520.
+// float16 nearest to f, which is not negative; infinity where that is too large.
 static uint16_t to_f16(float f) {
-    uint32_t bits;
-    if (f < 0x1p-14f) return (uint16_t)lrintf(f * 0x1p24f);
-    memcpy(&bits, &f, sizeof bits);
-    return (uint16_t)((bits + 0xfff + (bits >> 13 & 1)) >> 13) - (112 << 10);
+    int exponent;
+    if (!(f < 65520)) return 0x7c00;
+    frexpf(f, &exponent);
+    if (f < 0x1p-14f) exponent = -13;           // subnormal, or zero
+    return (uint16_t)(((exponent + 13) << 10) + lrintf(ldexpf(f, 11 - exponent)));
 }
 
-// One row in 8 bits. error[0] and error[1] become the sums of squares of what is lost and of all.
-static void quantize_row(int8_t *q, uint16_t *scale, const float *x, int64_t n, double *error) {
-    error[0] = error[1] = 0;
+// One row in 8 bits. squares[0] becomes the sum of the squares of what is lost, squares[1] that of
+// the weights; they are no numbers where a weight is none, or too large.
+static void quantize_row(int8_t *q, uint16_t *scale, const float *x, int64_t n, double *squares) {
+    squares[0] = squares[1] = 0;
     for (int64_t from = 0; from < n; from += 32) {
         int64_t to = n - from < 32 ? n : from + 32;
         float largest = 0;
-        for (int64_t i = from; i < to; i++) {
-            if (!(fabsf(x[i]) <= largest)) largest = fabsf(x[i]);
-        }
-        if (!(largest < 127 * 65504.0f)) error[0] = INFINITY;   // too large, or not a number
-        scale[from / 32] = to_f16(largest < 127 * 65504.0f ? largest / 127 : 0);
+        for (int64_t i = from; i < to; i++) largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
+        scale[from / 32] = to_f16(largest / 127);
         float step = from_f16(scale[from / 32]);
         for (int64_t i = from; i < to; i++) {
             float steps = step > 0 ? x[i] / step : 0;
             q[i] = (int8_t)lrintf(steps > 127 ? 127 : steps < -127 ? -127 : steps);
             double lost = (double)x[i] - (double)(step * q[i]);
-            error[0] += lost * lost;
-            error[1] += (double)x[i] * (double)x[i];
+            squares[0] += lost * lost;
+            squares[1] += (double)x[i] * (double)x[i];
         }
     }
 }
 
-// Appends a matrix in 8 bits; returns the root of the mean squared error over that of the weights.
-static double write_quantized(FILE *f, const Tensor *w, const char *name) {
-    enum { BLOCK = 256 };                   // rows in memory at a time
-    int64_t groups = (w->cols + 31) / 32, padding = (64 - w->rows * w->cols % 64) % 64;
-    float *wide = allocate(BLOCK * w->cols, sizeof *wide, name);
-    int8_t *q = allocate(BLOCK * w->cols, sizeof *q, name);
-    uint16_t *scale = allocate(w->rows * groups, sizeof *scale, name);
-    double *error = allocate(BLOCK * 2, sizeof *error, name), sum[2] = {0};
-    for (int64_t from = 0; from < w->rows; from += BLOCK) {
-        int64_t rows = w->rows - from < BLOCK ? w->rows - from : BLOCK;
-        #pragma omp parallel for if (worth_threads(rows * w->cols))
-        for (int64_t r = 0; r < rows; r++) {
-            widen(wide + r * w->cols, w, from + r);
-            quantize_row(q + r * w->cols, scale + (from + r) * groups, wide + r * w->cols, w->cols,
-                         error + 2 * r);
-        }
-        for (int64_t i = 0; i < 2 * rows; i++) sum[i % 2] += error[i];
-        fwrite(q, 1, (size_t)(rows * w->cols), f);
+// A matrix in 8 bits, as files hold it. *error becomes the root of the mean squared error over that
+// of the weights.
+static char *quantize(const Tensor *w, double *error) {
+    int64_t n = w->cols, groups = (n + 31) / 32;
+    char *out = allocate(stored_bytes(Q8, w->rows, n), 1, "8-bit weights");
+    uint16_t *scale = (void *)(out + (w->rows * n + 63) / 64 * 64);
+    double sum[2] = {0};
+    #pragma omp parallel for ordered schedule(static, 1) if (w->rows * n > WORTH_THREADS)
+    for (int64_t r = 0; r < w->rows; r++) {
+        double squares[2];
+        float *x = allocate(n, sizeof *x, "a row of weights");
+        widen(x, w, r);
+        quantize_row((int8_t *)out + r * n, scale + r * groups, x, n, squares);
+        release(x);
+        #pragma omp ordered                     // the same sum for any number of threads
+        for (int i = 0; i < 2; i++) sum[i] += squares[i];
     }
-    fwrite((char[64]){0}, 1, (size_t)padding, f);
-    fwrite(scale, sizeof *scale, (size_t)(w->rows * groups), f);
-    release(wide);
-    release(q);
-    release(scale);
-    release(error);
-    return sum[1] > 0 ? sqrt(sum[0] / sum[1]) : sum[0];
+    *error = sum[1] > 0 ? sqrt(sum[0] / sum[1]) : sum[0];
+    return out;
 }
 
-// Writes the model to `path` with every matrix in 8 bits and all else as it is, and prints what each
-// lost. It grows under another name and takes its own at the end.
+// Writes the model to `path` with every matrix in 8 bits and all else as it is, and prints what
+// each lost. The file grows under another name and takes its own at the end.
 static void model_quantize(const Model *m, const char *path) {
     int64_t header_bytes = read_i64(m->file + 24), end = header_bytes;
     unsigned char *header = allocate(header_bytes, 1, "header");
     memcpy(header, m->file, (size_t)header_bytes);
-    for (int i = 0; i < m->n_tensors; i++) {
-        unsigned char *e = header + 192 + 96 * (int64_t)i;
-        uint32_t type = read_u32(e + 60) == 2 ? Q8 : read_u32(e + 56);
-        int64_t bytes = stored_bytes((int)type, m->tensors[i].rows, m->tensors[i].cols);
-        memcpy(e + 56, &type, sizeof type);
-        memcpy(e + 80, &end, sizeof end);
-        memcpy(e + 88, &bytes, sizeof bytes);
-        end += (bytes + 63) / 64 * 64;
-    }
-    memcpy(header + 16, &end, sizeof end);
-    uint32_t checksum = header_checksum(header, header_bytes);
-    memcpy(header + 32, &checksum, sizeof checksum);
-
     Text aside = {0};
     text_printf(&aside, "%s.tmp", path);
     FILE *f = fopen(aside.s, "wb");
     if (!f) die("%s: cannot be written: %s; choose another place", path, strerror(errno));
-    bool good = fwrite(header, 1, (size_t)header_bytes, f) > 0;
-    const char *bad = NULL;
+    fwrite(header, 1, (size_t)header_bytes, f);         // keeps the place of what it becomes
     printf("%-24s %8s x %-8s  relative error\n", "matrix", "rows", "columns");
-    for (int i = 0; i < m->n_tensors && good && !bad; i++) {
-        const char *name = tensor_name(m, i);
+    const char *bad = NULL;
+    for (int i = 0; i < m->n_tensors && !bad && !ferror(f); i++) {
         const Tensor *w = &m->tensors[i];
-        const unsigned char *e = header + 192 + 96 * (int64_t)i;
-        int64_t bytes = read_i64(e + 88);
-        if (read_u32(e + 60) == 2 && w->type != Q8) {
-            double error = write_quantized(f, w, name);
+        const char *name = tensor_name(m, i);
+        unsigned char *entry = header + (name - (const char *)m->file);
+        uint32_t type = read_u32(entry + 60) == 2 ? Q8 : (uint32_t)w->type;
+        int64_t bytes = stored_bytes((int)type, w->rows, w->cols), padded = (bytes + 63) / 64 * 64;
+        char *q8 = NULL;
+        if (type == Q8 && w->type != Q8) {
+            double error;
+            q8 = quantize(w, &error);
             printf("%-24s %8lld x %-8lld  %.5f\n", name, (long long)w->rows, (long long)w->cols,
                    error);
-            fflush(stdout);
             if (!(error < INFINITY)) bad = name;
-        } else {
-            fwrite(w->data, 1, (size_t)bytes, f);
         }
-        fwrite((char[64]){0}, 1, (size_t)((64 - bytes % 64) % 64), f);
-        good = !ferror(f);
+        fwrite(q8 ? q8 : w->data, 1, (size_t)bytes, f);
+        fwrite((char[64]){0}, 1, (size_t)(padded - bytes), f);
+        release(q8);
+        memcpy(entry + 56, &type, sizeof type);
+        memcpy(entry + 80, (int64_t[]){end, bytes}, 16);
+        end += padded;
     }
-    if (fclose(f)) good = false;
-    if (bad || !good || rename(aside.s, path)) {
+    memcpy(header + 16, &end, sizeof end);
+    uint32_t checksum = header_checksum(header, header_bytes);
+    memcpy(header + 32, &checksum, sizeof checksum);
+    bool good = !fseek(f, 0, SEEK_SET) && fwrite(header, 1, (size_t)header_bytes, f) && !ferror(f);
+    if (fclose(f) || !good || bad || rename(aside.s, path)) {
         int reason = errno;
         remove(aside.s);
         if (bad) die("%s: tensor %s: has weights that are not numbers of 8 bits; leave it as it is",
                      m->path, bad);
-        die("%s: cannot be written: %s; free space or choose another place", path, strerror(reason));
+        die("%s: cannot be written: %s; free space or choose another place", path,
+            strerror(reason));
     }
     warn("%s: %.1f MB, of %.1f MB", path, (double)end / 1e6, (double)m->bytes / 1e6);
-    release(aside.s);
-    release(header);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -4138,7 +3995,7 @@ static void classify_requests(Evaluation *e, Entry *entry) {
     float *z = allocate(h ? n * h->n_labels : 0, sizeof *z, "class scores");
     for (int64_t j = 0; j < n; j++) rows[j] = e->t->requests[e->first + j].own_row;
     pooled(e->s, rows, n, x);
-    if (h) matmul(z, x, &h->weight, h->bias, n);
+    if (h) matmul(z, x, &h->weight, h->weight.bias, n);
     for (int64_t j = 0; j < n; j++) {
         Request *r = &e->t->requests[e->first + j];
         const float *own = x + j * d, *score = z + j * (h ? h->n_labels : 0);
@@ -4230,14 +4087,14 @@ static void walk(Evaluation *e) {
             release(saved[n_saved]);
         }
         for (; depth < sc->n_steps; depth++) {
-            int64_t next = k + 1, at = sc->first[depth], slot = s->kv_mean ? depth : at;
+            int64_t next = k + 1;
             while (next < e->n && e->entry[next]->common > depth) next++;
             if (next < e->n && e->entry[next]->common == depth) {
                 saved[n_saved] = allocate(size, sizeof *s->x, "states at a fork");
                 memcpy(saved[n_saved++], s->x, (size_t)size * sizeof *s->x);
             }
             stop_if_interrupted(e);
-            run_step(s, sc->layer + at, sc->first[depth + 1] - at, slot);
+            run_step(s, sc, depth);
         }
         e->separate_passes += sc->n_slots;
         if (e->t->kind->output == SCORES) score_requests(e);
@@ -5411,28 +5268,20 @@ static void evaluate(Session *s, Schedule schedule) {
     show_results(st, options.svg);
 }
 
-// The listener of --cosine: keeps the states between steps, one copy of the rows each.
-static void keep_state(Session *s, void *data) {
-    float **at = data;
-    int64_t size = s->batch.n_rows * s->model->dim;
-    memcpy(*at, s->x, (size_t)size * sizeof **at);
-    *at += size;
-}
-
 // Cosine similarity of every pair of hidden states of one sequence, flattened over its positions,
 // added to sum [n][n].
 static void add_cosines(Session *s, const Schedule *schedule, const Task *t, Request r,
                         double *sum, int64_t n) {
     int64_t size = r.n * s->model->dim;
-    float *state = allocate(n * size, sizeof *state, "hidden states"), *at = state;
+    float *state = allocate(n * size, sizeof *state, "hidden states");
     r.mask_at = -1;
-    s->listener = keep_state;
-    s->listener_data = &at;
     session_reset(s, 0);
     add_rows(s, t, &r, sequence_new(s, -1, r.n, 1), 0, r.n);
-    forward(s, schedule);
-    s->listener = NULL;
-    s->listener_data = NULL;
+    embed(s);
+    for (int64_t i = 0; i < n; i++) {
+        if (i > 0) run_step(s, schedule, i - 1);
+        memcpy(state + i * size, s->x, (size_t)size * sizeof *state);
+    }
     #pragma omp parallel for
     for (int64_t pair = 0; pair < n * n; pair++) {
         const float *a = state + pair / n * size, *b = state + pair % n * size;
@@ -5508,18 +5357,17 @@ static void cosine(Session *s, const Schedule *schedule) {
 
 static void print_info(const Model *m) {
     static const char *const tokenizers[] = {"none", "SentencePiece BPE", "WordPiece"};
+    bool llama = m->arch == LLAMA;
     int64_t weights = 0, count[N_TYPES] = {0};
     for (const Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++) {
         weights += t->rows * t->cols;
         count[t->type]++;
     }
-    const char *source = model_note(m, "source");
-    printf("file          %s, %.1f MB, of %s\n", m->path, (double)m->bytes / 1e6, source);
-    bool llama = m->arch == LLAMA;
-    printf("architecture  %s, %d layers of dim %d, hidden %d, norm epsilon %g\n"
-           "heads         %d of %d, %d for keys and values\n", llama ? "Llama" : "BERT",
-           m->n_layers, m->dim, m->hidden, (double)m->norm_eps, m->n_heads, m->head_dim,
-           m->n_kv_heads);
+    printf("file          %s, %.1f MB, of %s\n"
+           "architecture  %s, %d layers of dim %d, hidden %d, norm epsilon %g\n"
+           "heads         %d of %d, %d for keys and values\n", m->path, (double)m->bytes / 1e6,
+           model_note(m, "source"), llama ? "Llama" : "BERT", m->n_layers, m->dim, m->hidden,
+           (double)m->norm_eps, m->n_heads, m->head_dim, m->n_kv_heads);
     if (llama) {
         printf("rotary        base %g, pairs %s\noutput head   %s\n", (double)m->rope_theta,
                m->rope == ROPE_HALVES ? "(i, i + head_dim/2)" : "(2i, 2i + 1)",
@@ -5534,8 +5382,7 @@ static void print_info(const Model *m) {
     for (int t = 0; t < N_TYPES; t++) {
         if (count[t]) printf(" %lld %s", (long long)count[t], type_names[t]);
     }
-    for (int i = 0; i < m->n_heads_named; i++) {
-        const Head *h = &m->heads[i];
+    for (const Head *h = m->heads; h < m->heads + m->n_heads_named; h++) {
         printf("\nhead          %s: %s", h->name, h->regression ? "regression" : "labels");
         for (int j = 0; j < h->n_labels; j++) printf(" %s", h->labels[j]);
     }
@@ -5544,63 +5391,63 @@ static void print_info(const Model *m) {
 
 // To add a flag: a field in `options` (section 6), a row here, and its use. The type says what the
 // value is. The interventions of section 1 and their second numbers are flags too.
-enum { SWITCH, WORD, OPTIONAL, WORDS, INTEGER, NUMBER };
+enum { HEADING, SWITCH, OPTIONAL, WORD, WORDS, INTEGER, NUMBER };
 enum { MOST_THREADS = 1024 };
 typedef struct {
-    const char *name, *value;   // --name VALUE; without help a heading
+    const char *name, *value;   // --name VALUE
     int type;
-    void *target;
+    void *target;               // of that type: bool, const char *, list of those, int64_t, double
     double lowest, highest;
     const char *help;
 } Flag;
 
 static const Flag flags[] = {
-    {"What", NULL, SWITCH, NULL, 0, 0, NULL},
+    {"What", "", HEADING, NULL, 0, 0, ""},
     {"prompt", "TEXT", WORD, &options.prompt, 0, 0, "Llama: continue TEXT; BERT: fill its [MASK]s"},
     {"eval", "TASK.tsv ...", WORDS, &options.evals, 0, 0, "score task files"},
-    {"sweep", "LIST", WORD, &options.sweep, 0, 0, "many schedules: skip,random:10,loop:1-8"},
+    {"sweep", "LIST", WORD, &options.sweep, 0, 0, "many schedules, as in skip,random:10,loop:1-8"},
     {"probe", "TRAIN.tsv", WORD, &options.probe, 0, 0, "BERT: fit a classifier, --eval with it"},
     {"cosine", "[TASK.tsv]", OPTIONAL, &options.cosine, 0, 0,
      "cosine similarity of hidden states, over a task or of --prompt"},
     {"report", "FILE ...", WORDS, &options.reports, 0, 0, "tables and figures of --out files"},
     {"quantize", "OUT", WORD, &options.quantize, 0, 0, "write the model to OUT with 8-bit weights"},
-    {"info", NULL, SWITCH, &options.info, 0, 0, "what the model file holds"},
-    {"show", NULL, SWITCH, &options.show, 0, 0, "print the schedule and stop"},
-    {"help", NULL, SWITCH, &options.help, 0, 0, "this text"},
-    {"How", NULL, SWITCH, NULL, 0, 0, NULL},
+    {"info", "", SWITCH, &options.info, 0, 0, "what the model file holds"},
+    {"show", "", SWITCH, &options.show, 0, 0, "print the schedule, or all of a --sweep, and stop"},
+    {"help", "", SWITCH, &options.help, 0, 0, "this text"},
+    {"How", "", HEADING, NULL, 0, 0, ""},
     {"threads", "N", INTEGER, &options.threads, 1, MOST_THREADS, "threads (default: one a core)"},
     {"limit", "N", INTEGER, &options.limit, 1, 9e15, "only the first N items of each task"},
     {"batch", "TOKENS", INTEGER, &options.batch, 1, 1 << 24, "tokens in one pass (default 2048)"},
-    {"bos", NULL, SWITCH, &options.bos, 0, 0, "begin texts with BOS (default for --prompt)"},
-    {"no-bos", NULL, SWITCH, &options.no_bos, 0, 0, "do not (default for --eval)"},
-    {"kv", "exact|mean", WORD, &options.kv, 0, 0, "parallel layers: own keys, or their mean"},
+    {"bos", "", SWITCH, &options.bos, 0, 0, "begin texts with BOS (default for --prompt)"},
+    {"no-bos", "", SWITCH, &options.no_bos, 0, 0, "begin them without (default for --eval)"},
+    {"kv", "exact|mean", WORD, &options.kv, 0, 0, "parallel layers keep their own keys, or a mean"},
     {"head", "NAME", WORD, &options.head, 0, 0, "BERT: which classifier of the file"},
     {"strength", "X", NUMBER, &options.strength, 1e-9, 1e9, "L2 penalty of --probe (default 1)"},
     {"out", "FILE", WORD, &options.out, 0, 0, "keep all results; the same command goes on"},
     {"log", "FILE", WORD, &options.log, 0, 0, "write every item: scores or text, prediction, gold"},
-    {"shard", "I/N", WORD, &options.shard, 0, 0, "the I-th of N parts of the items"},
-    {"svg", "FILE|DIR", WORD, &options.svg, 0, 0, "draw the figure there, or the figures"},
+    {"shard", "I/N", WORD, &options.shard, 0, 0, "only the I-th of N parts of the items"},
+    {"svg", "FILE|DIR", WORD, &options.svg, 0, 0, "draw the figure in FILE, several in folder DIR"},
     {"tokens", "N", INTEGER, &options.tokens, 1, 9e15, "how far --prompt continues (default 256)"},
     {"temperature", "X", NUMBER, &options.temperature, 0, 1e6, "0 takes the likeliest (default)"},
     {"top-p", "X", NUMBER, &options.top_p, 1e-9, 1, "sample from this much of the distribution"},
     {"sample-seed", "K", INTEGER, &options.sample_seed, -9.2e18, 9.2e18, "seed of sampling"},
     {"kernels", "NAME", WORD, &options.kernels, 0, 0, "plain: the ones to learn from; see --info"},
-    {"quiet", NULL, SWITCH, &quiet, 0, 0, "no status on stderr"},
-    {"Which layers", NULL, SWITCH, NULL, 0, 0, NULL},
+    {"quiet", "", SWITCH, &quiet, 0, 0, "no status on stderr"},
+    {"Which layers (0 to T-1; the middle is S < i < T-S)", "", HEADING, NULL, 0, 0, ""},
     {"path", "EXPR", WORD, &options.path, 0, 0, "the schedule itself, e.g. \"0-3 (4-7)*2 8-11\""},
-    {"layers", "T", INTEGER, &options.layers, 1, 16384, "with --show: T layers, without a model"},
+    {"layers", "T", INTEGER, &options.layers, 1, 16384, "with --show: T layers, no model needed"},
 };
 enum { N_FLAGS = sizeof flags / sizeof *flags, MOST_FLAGS = N_FLAGS + 2 * N_INTERVENTIONS };
 
-// The i-th of all flags: the rows above, then two for each intervention, the second with a NULL
-// name where it takes no second number.
+// The i-th of all flags: the rows above, then two for each intervention, the second with the name
+// "" where it takes no second number.
 static Flag flag_at(int i) {
     if (i < N_FLAGS) return flags[i];
     const Intervention *v = &interventions[(i - N_FLAGS) / 2];
     Flag method = {v->name, v->range == MIDDLE ? "S" : "K", INTEGER, &options.start, -9.2e18,
                    9.2e18, v->help};
-    Flag argument = {v->argument_flag, "N", INTEGER, &options.argument, (double)v->lowest,
-                     (double)v->highest, "the N of the line above"};
+    Flag argument = {v->argument_flag ? v->argument_flag : "", "N", INTEGER, &options.argument,
+                     (double)v->lowest, (double)v->highest, v->argument_help};
     return (i - N_FLAGS) % 2 ? argument : method;
 }
 
@@ -5609,10 +5456,9 @@ static void print_help(void) {
          "  painters MODEL [what to do] [how] [which layers]");
     for (int i = 0; i < MOST_FLAGS; i++) {
         Flag f = flag_at(i);
-        char name[64];
-        snprintf(name, sizeof name, "--%s %s", f.name ? f.name : "", f.value ? f.value : "");
-        if (!f.help) printf("\n%s\n", f.name);
-        else if (f.name) printf("  %-24s %s\n", name, f.help);
+        int left = 21 - (int)strlen(f.name);
+        if (f.type == HEADING) printf("\n%s\n", f.name);
+        else if (*f.name) printf("  --%s %-*s %s\n", f.name, left, f.value, f.help);
     }
     puts("\nExamples\n"
          "  painters llama.bin --prompt \"Once upon a time\" --parallel 3\n"
@@ -5621,104 +5467,82 @@ static void print_help(void) {
          "  painters --layers 32 --random 9 --seed 3 --show");
 }
 
-static void take_value(const Flag *f, const char *value) {
-    bool good = true;
-    if (f->type == INTEGER) {
-        good = parse_int(value, (int64_t)f->lowest, (int64_t)f->highest, f->target);
-    } else if (f->type == NUMBER) {
-        double *number = f->target;
-        good = parse_double(value, number) && *number >= f->lowest && *number <= f->highest;
-    } else {
-        *(const char **)f->target = value;
-    }
-    if (!good) {
-        die("--%s: \"%s\" is not a %snumber from %.9g to %.9g", f->name, value,
-            f->type == INTEGER ? "whole " : "", f->lowest, f->highest);
-    }
+static void take_number(const Flag *f, const char *value) {
+    bool whole = f->type == INTEGER, good;
+    double *number = f->target;
+    if (whole) good = parse_int(value, (int64_t)f->lowest, (int64_t)f->highest, f->target);
+    else good = parse_double(value, number) && *number >= f->lowest && *number <= f->highest;
+    if (!good) die("--%s: \"%s\" is not a %snumber from %.9g to %.9g", f->name, value,
+                   whole ? "whole " : "", f->lowest, f->highest);
 }
 
 // Reads the arguments into `options`. Every flag is known, has the values it needs, and numbers
 // are numbers; otherwise one line says which is not.
 static void parse_arguments(int argc, char **argv) {
+    const char **list = NULL;           // where words go, behind a flag that takes many
     options.evals = allocate(argc, sizeof *options.evals, "arguments");
     options.reports = allocate(argc, sizeof *options.reports, "arguments");
     for (int i = 1, at = 0; i < argc; i++, at = 0) {
-        bool last = i + 1 == argc;
-        if (strncmp(argv[i], "--", 2)) {
-            if (options.model) die("\"%s\": one model at a time; quote a text of words", argv[i]);
-            options.model = argv[i];
+        const char *word = argv[i], *next = argv[i + 1];            // NULL behind the last
+        bool follows = next && strncmp(next, "--", 2);
+        if (strncmp(word, "--", 2)) {
+            if (list) *list++ = word;
+            else if (!options.model) options.model = word;
+            else die("\"%s\": one model at a time; quote a text of words", word);
             continue;
         }
-        Flag f = flag_at(0);
-        while (!f.help || !f.name || strcmp(f.name, argv[i] + 2)) {
-            if (++at == MOST_FLAGS) die("%s: no such flag; painters --help lists them", argv[i]);
+        Flag f = flag_at(at);
+        while (f.type == HEADING || !*f.name || strcmp(f.name, word + 2)) {
+            if (++at == MOST_FLAGS) die("%s: no such flag; painters --help lists them", word);
             f = flag_at(at);
         }
+        list = f.type == WORDS ? *(const char ***)f.target : NULL;
+        while (list && *list) list++;
+        if (!next ? f.type >= WORD : f.type == WORDS && !follows) {
+            die("%s: a value is missing: %s", word, f.value);
+        }
+        if (f.type == SWITCH) *(bool *)f.target = true;
+        else if (f.type == OPTIONAL) *(const char **)f.target = follows ? argv[++i] : "";
+        else if (f.type == WORD) *(const char **)f.target = argv[++i];
+        else if (f.type != WORDS) take_number(&f, argv[++i]);
         if (f.target == &options.argument) options.argument_flag = f.name;
-        if (f.target == &options.start) {
-            const Intervention *other = options.method;
-            if (other) die("--%s: --%s is given too; one at a time", f.name, other->name);
-            options.method = &interventions[(at - N_FLAGS) / 2];
-        }
-        if (f.type == SWITCH) {
-            *(bool *)f.target = true;
-        } else if (f.type == OPTIONAL && (last || !strncmp(argv[i + 1], "--", 2))) {
-            *(const char **)f.target = "";
-        } else if (last) {
-            die("%s: a value is missing: %s", argv[i], f.value);
-        } else if (f.type == WORDS) {
-            const char **word = *(const char ***)f.target;
-            while (*word) word++;
-            do *word++ = argv[++i];
-            while (i + 1 < argc && strncmp(argv[i + 1], "--", 2));
-        } else {
-            take_value(&f, argv[++i]);
-        }
+        if (f.target != &options.start) continue;
+        const Intervention *other = options.method;
+        if (other) die("--%s: --%s is given too; one at a time", f.name, other->name);
+        options.method = &interventions[(at - N_FLAGS) / 2];
     }
     while (options.evals[options.n_evals]) options.n_evals++;
     while (options.reports[options.n_reports]) options.n_reports++;
+    if (options.method && !options.argument_flag) options.argument = options.method->standard;
 }
 
-// The one schedule that the flags name, for a model of T layers.
-static Schedule chosen_schedule(int T) {
+// Flags that need others, and values that are more than a number.
+static void check_options(void) {
     const Intervention *v = options.method;
     const char *second = options.argument_flag, *takes = v ? v->argument_flag : NULL;
-    if (second && (!takes || strcmp(second, takes))) {
-        die("--%s: needs the flag beside it that --help shows above it", second);
-    }
-    if (options.path && v) die("--path: --%s is given too; choose one", v->name);
-    if (options.path) return schedule_parse(options.path, T, "--path");
-    return schedule_build(v, T, options.start, second ? options.argument : v ? v->standard : -1);
-}
-
-// I/N of --shard.
-static void read_shard(void) {
-    const char *text = options.shard ? options.shard : "1/1", *slash = strchr(text, '/');
-    char first[8] = "";
-    if (slash && slash - text < 8) memcpy(first, text, (size_t)(slash - text));
-    if (!slash || !parse_int(slash + 1, 1, 1000000, &options.n_parts) ||
-        !parse_int(first, 1, options.n_parts, &options.part)) {
-        die("--shard: \"%s\" is not I/N with I from 1 to N, as in 2/8", text);
-    }
-}
-
-// Flags that need others.
-static void check_options(void) {
+    const char *kv = options.kv ? options.kv : "exact";
     bool eval = options.n_evals > 0;
-    const struct { bool given; const char *flag, *needs; bool there; } rule[] = {
-        {options.sweep != NULL, "sweep", "--eval or --show", eval || options.show},
-        {options.probe != NULL, "probe", "--eval", eval},
-        {options.out != NULL, "out", "--eval", eval},
-        {options.log != NULL, "log", "--eval", eval},
-        {options.shard != NULL, "shard", "--eval", eval},
-        {options.cosine && !*options.cosine, "cosine", "a task or --prompt", !!options.prompt},
-        {options.layers > 0, "layers", "--show", options.show},
-        {options.bos, "bos", "no --no-bos", !options.no_bos},
-        {options.kv && strcmp(options.kv, "exact"), "kv", "exact or mean",
-         options.kv && !strcmp(options.kv, "mean")}};
+    const struct { bool broken; const char *flag, *needs; } rule[] = {
+        {options.sweep && !eval && !options.show, "sweep", "--eval or --show"},
+        {options.probe && !eval, "probe", "--eval"},
+        {options.out && !eval, "out", "--eval"},
+        {options.log && !eval, "log", "--eval"},
+        {options.shard && !eval, "shard", "--eval"},
+        {options.cosine && !*options.cosine && !options.prompt, "cosine", "a task or --prompt"},
+        {options.layers > 0 && !options.show, "layers", "--show"},
+        {options.bos && options.no_bos, "bos", "no --no-bos"},
+        {strcmp(kv, "exact") && strcmp(kv, "mean"), "kv", "exact or mean"},
+        {options.path && v, "path", "no other schedule"},
+        {second && (!takes || strcmp(second, takes)), second, "the flag that --help names"}};
     for (size_t i = 0; i < sizeof rule / sizeof *rule; i++) {
-        if (!rule[i].given || rule[i].there) continue;
-        die("--%s: needs %s beside it", rule[i].flag, rule[i].needs);
+        if (rule[i].broken) die("--%s: needs %s beside it", rule[i].flag, rule[i].needs);
+    }
+    if (!options.shard) return;
+    int n;
+    char **part = split(copy_string(options.shard), '/', &n);
+    if (n != 2 || !parse_int(part[1], 1, 1000000, &options.n_parts) ||
+        !parse_int(part[0], 1, options.n_parts, &options.part)) {
+        die("--shard: \"%s\" is not I/N with I from 1 to N, as in 2/8", options.shard);
     }
 }
 
@@ -5728,7 +5552,9 @@ static void run_command(void) {
         die("no model file; give one first: painters MODEL ... (or --help)");
     }
     Model *m = options.layers > 0 ? NULL : model_load(options.model);
-    Schedule schedule = chosen_schedule(m ? m->n_layers : (int)options.layers);
+    int T = m ? m->n_layers : (int)options.layers;
+    Schedule schedule = options.path ? schedule_parse(options.path, T, "--path") : schedule_build(
+        options.method, T, options.start, options.argument);
     Session *s = session_new(m);
     s->kv_mean = options.kv && !strcmp(options.kv, "mean");
     if (options.show && options.sweep) show_sweep(options.sweep, schedule.n_layers);
@@ -5745,35 +5571,32 @@ static void run_command(void) {
 }
 
 #ifndef PAINTERS_NO_MAIN
-// OMP_NUM_THREADS where it is absurd: LLVM's OpenMP would end the program, so it must not see it.
-static void check_environment(void) {
-#if defined _OPENMP && !defined _WIN32
+static void set_threads(void) {
+#ifdef _OPENMP
+#ifndef _WIN32      // an absurd number would make LLVM's OpenMP end the program: it must not see it
     const char *text = getenv("OMP_NUM_THREADS");
-    char *end;
+    char *end = "";
     long n = text ? strtol(text, &end, 10) : 1;
-    if (n >= 1 && n <= MOST_THREADS && (!text || !*end || *end == ',')) return;
-    warn("OMP_NUM_THREADS: \"%s\" is not 1 to %d and does not count", text, MOST_THREADS);
-    unsetenv("OMP_NUM_THREADS");
+    if (n < 1 || n > MOST_THREADS || (*end && *end != ',')) {
+        warn("OMP_NUM_THREADS: \"%s\" is not 1 to %d and does not count", text, MOST_THREADS);
+        unsetenv("OMP_NUM_THREADS");
+    }
+#endif
+    if (options.threads) omp_set_num_threads((int)options.threads);
 #endif
 }
 
 int main(int argc, char **argv) {
     parse_arguments(argc, argv);
-    check_environment();
-    if (options.help || argc == 1) {
-        print_help();
-        close_written(stdout, "stdout");
-        return argc == 1;
+    set_threads();
+    if (options.help || argc == 1) print_help();
+    else {
+        check_options();
+        if (options.n_reports) report_files();
+        else run_command();
     }
-    check_options();
-#ifdef _OPENMP
-    if (options.threads) omp_set_num_threads((int)options.threads);
-#endif
-    read_shard();
-    if (options.n_reports) report_files();
-    else run_command();
     close_written(stdout, "stdout");
-    return 0;
+    return argc == 1;
 }
 #endif
 #endif  // LANES
