@@ -1761,7 +1761,7 @@ static void embed(Session *s) {
     if (m->arch == BERT) layer_norm(s->x, m->embed_norm, m->embed_norm_bias, m, n);
 }
 
-// Runs the rows of the batch through the steps of a schedule. Afterwards s->x holds their hidden
+// Runs the rows of the batch through the steps of a schedule. After each, s->x holds their hidden
 // states, [rows][dim], before the final norm; logits() and batch_commit() usually follow.
 static void forward(Session *s, const Schedule *schedule) {
     embed(s);
