@@ -1932,7 +1932,7 @@ static void embed(Session *s) {
     if (m->arch == BERT) layer_norm(s->x, &m->embed_norm, m, n);
 }
 
-// Runs the rows of the batch through the steps of a schedule. Afterwards s->x holds their hidden
+// Runs the rows of the batch through the steps of a schedule. After each, s->x holds their hidden
 // states, [rows][dim], before the final norm; logits() and batch_commit() usually follow.
 static void forward(Session *s, const Schedule *schedule) {
     embed(s);
@@ -2016,17 +2016,16 @@ static char *quantize(const Tensor *w, double *error) {
     int64_t n = w->cols, groups = (n + 31) / 32;
     char *out = allocate(stored_bytes(Q8, w->rows, n), 1, "8-bit weights");
     uint16_t *scale = (void *)(out + (w->rows * n + 63) / 64 * 64);
-    double sum[2] = {0};
-    #pragma omp parallel for ordered schedule(static, 1) if (w->rows * n > WORTH_THREADS)
+    double *squares = allocate(w->rows, 2 * sizeof *squares, "errors"), sum[2] = {0};
+    #pragma omp parallel for if (w->rows * n > WORTH_THREADS)
     for (int64_t r = 0; r < w->rows; r++) {
-        double squares[2];
         float *x = allocate(n, sizeof *x, "a row of weights");
         widen(x, w, r);
-        quantize_row((int8_t *)out + r * n, scale + r * groups, x, n, squares);
+        quantize_row((int8_t *)out + r * n, scale + r * groups, x, n, squares + 2 * r);
         release(x);
-        #pragma omp ordered                     // the same sum for any number of threads
-        for (int i = 0; i < 2; i++) sum[i] += squares[i];
     }
+    for (int64_t i = 0; i < 2 * w->rows; i++) sum[i % 2] += squares[i];
+    release(squares);
     *error = sum[1] > 0 ? sqrt(sum[0] / sum[1]) : sum[0];
     return out;
 }
