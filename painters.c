@@ -1163,7 +1163,7 @@ static void ON_PATH(matmul)(float *y, const float *x, const Tensor *w, const flo
     int64_t depth = direct ? w->cols : DEPTH, blocks = direct ? 0 : (w->cols + depth - 1) / depth;
     int64_t chunk = direct ? CHUNK / 2 : CHUNK, chunks = (n + chunk - 1) / chunk;
     int64_t panels = (w->rows + PANEL - 1) / PANEL;
-    const Tensor rows = {F32, n, w->cols, x, NULL};
+    const Tensor rows = {.type = F32, .rows = n, .cols = w->cols, .data = x};
     float *copy = scratch(0, blocks * n * (depth + PAD));
     #pragma omp parallel if (n * w->rows * w->cols > 1 << 21)
     {
@@ -1480,12 +1480,12 @@ static void matmul_amx(float *y, const float *x, const Tensor *w, const float *b
     int64_t panel = n <= FEW ? 32 : AMX_PANEL, panels = (w->rows + panel - 1) / panel;
     int64_t chunks = (n + AMX_CHUNK - 1) / AMX_CHUNK;
     uint16_t *packed = (uint16_t *)(void *)scratch(0, blocks * groups * AMX_GROUP / 2);
+    const Tensor rows = {.type = F32, .rows = n, .cols = w->cols, .data = x};
     #pragma omp parallel if (n * w->rows * w->cols > 1 << 21)
     {
         #pragma omp for
         for (int64_t i = 0; i < blocks * groups; i++) {
-            amx_pack(packed + i * AMX_GROUP, &(Tensor){F32, n, w->cols, x, NULL}, i % groups * 16,
-                     i / groups * AMX_DEPTH, true);
+            amx_pack(packed + i * AMX_GROUP, &rows, i % groups * 16, i / groups * AMX_DEPTH, true);
         }
         #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < panels * chunks; i++) {
