@@ -2061,12 +2061,10 @@ enum {                      // what a code point does to a WordPiece text
     N_RULES
 };
 
-typedef struct {            // a token, as decode() needs it
-    const char *text;       // lies in the model file; no NUL behind it
-    int length;
+typedef struct {
+    const char *text;       // as decode() gives it back; no NUL behind it
+    int length, type;
     float score;
-    bool spaced;            // has a space before it, save where a text begins
-    bool control;           // SentencePiece: a text begins after it
 } Piece;
 
 enum { NOWHERE, PIECES, VERBATIM, BYTES, N_ROOTS };     // nodes: no node, and three roots
@@ -2195,17 +2193,10 @@ static void load_piece(Tokenizer *t, SectionReader *r, int i) {
         t->joined[pair_hash(before, code)] = true;
     }
     Piece *p = &t->piece[i];
-    *p = (Piece){.text = text, .length = (int)length, .spaced = !sentencepiece};
-    if (sentencepiece && type == PIECE_CONTROL) {
-        *p = (Piece){.text = "", .control = true};
-    } else if (sentencepiece && type == PIECE_UNKNOWN) {
-        *p = (Piece){.text = " \xe2\x81\x87 ", .length = 5};
-    } else if (length > 2 && !memcmp(text, sentencepiece ? WORD_SPACE : "##", 2 + sentencepiece)) {
-        p->text += 2 + sentencepiece;
-        p->length -= 2 + sentencepiece;
-        p->spaced = sentencepiece;
-    }
+    *p = (Piece){text, (int)length, (int)type, 0};
     memcpy(&p->score, head, 4);
+    if (sentencepiece && type == PIECE_CONTROL) p->length = 0;
+    if (sentencepiece && type == PIECE_UNKNOWN) *p = (Piece){" \xe2\x81\x87 ", 5, (int)type, 0};
 }
 
 // Reads the Unicode table of a WordPiece section.
@@ -2257,7 +2248,7 @@ static void tokenizer_load(Model *m, const unsigned char *section, int64_t bytes
         int id = t->byte_id[i] = t->node[trie_walk(t, BYTES, name, 6, false)].id;
         section_check(&r, id >= 0, "a byte of the 256 has no token (no byte fallback)");
         t->bytes[i] = (char)i;
-        t->piece[id] = (Piece){.text = &t->bytes[i], .length = 1};
+        t->piece[id] = (Piece){&t->bytes[i], 1, PIECE_BYTE, 0};
     }
     section_check(&r, r.at == bytes, "too many bytes");
 }
@@ -2440,9 +2431,12 @@ static void decode(const Tokenizer *t, int previous, int id, Text *out) {
     if (id < 0 || id >= t->n_tokens) return;
     const Piece *p = &t->piece[id];
     bool sentencepiece = t->kind == SENTENCEPIECE;
-    bool first = previous < 0 || previous >= t->n_tokens || t->piece[previous].control;
-    if (p->spaced && !first) text_add(out, " ", 1);
-    for (int at = 0, n; at < p->length; at += n) {
+    bool first = previous < 0 || (sentencepiece && (previous >= t->n_tokens
+               || t->piece[previous].type == PIECE_CONTROL));
+    const char *mark = sentencepiece ? WORD_SPACE : "##";
+    int at = p->length > 2 && !memcmp(p->text, mark, strlen(mark)) ? (int)strlen(mark) : 0;
+    if ((at > 0) == sentencepiece && !first) text_add(out, " ", 1);
+    for (int n; at < p->length; at += n) {
         bool space = sentencepiece && p->length - at >= 3 && !memcmp(p->text + at, WORD_SPACE, 3);
         n = space ? 3 : 1;
         text_add(out, space ? " " : p->text + at, 1);
@@ -2579,7 +2573,9 @@ static void continue_text(Session *s, const Schedule *schedule) {
         batch_commit(s);
         if (!made++) decoding = seconds();
         int next = sample(c, z, m->vocab_size, &random);
-        if (next == m->eos || next == m->bos) break;     // BOS begins another text: as llama2.c stops
+        // EOS ends a text; so does BOS, with which another begins: llama2.c's models were trained
+        // that way, and it stops there too. (--eval stops at EOS alone, as the harness does.)
+        if (next == m->eos || next == m->bos) break;
         piece.n = 0;
         decode(m->tokenizer, ids.id[ids.n - 1], next, &piece);
         fwrite(piece.s, 1, (size_t)piece.n, stdout);
