@@ -2158,10 +2158,9 @@ typedef struct {            // where the reader stands in the tokenizer section
 } SectionReader;
 
 static void section_check(const SectionReader *r, bool good, const char *fault) {
-    if (!good) {
-        die("%s: tokenizer, byte %lld of %lld: %s; export the model again", r->file,
-            (long long)r->at, (long long)r->bytes, fault);
-    }
+    if (good) return;
+    die("%s: tokenizer, byte %lld of %lld: %s; export the model again", r->file,
+        (long long)r->at, (long long)r->bytes, fault);
 }
 
 static const unsigned char *section_take(SectionReader *r, int64_t n) {
@@ -2183,7 +2182,7 @@ static void load_piece(Tokenizer *t, SectionReader *r, int i) {
     section_check(r, type >= PIECE_NORMAL && type <= PIECE_BYTE && type != PIECE_UNUSED,
                   "a token of a type that is not 1, 2, 3, 4 or 6");
     section_check(r, length <= (verbatim ? LONGEST_VERBATIM : LONGEST_PIECE), "a token too long");
-    section_check(r, (r->bytes - r->at) / 12 >= t->n_tokens - 1 - i, "more text than fits");
+    section_check(r, (r->bytes - r->at) / 12 >= t->n_tokens - 1 - i, "the tokens after it cannot fit");
     // Of equal texts the last one counts, as in vocab.txt.
     if (type == PIECE_NORMAL || special) t->node[trie_walk(t, PIECES, text, length, true)].id = i;
     if (verbatim) t->node[trie_walk(t, VERBATIM, text, length, true)].id = i;
@@ -2195,6 +2194,7 @@ static void load_piece(Tokenizer *t, SectionReader *r, int i) {
     Piece *p = &t->piece[i];
     *p = (Piece){text, (int)length, (int)type, 0};
     memcpy(&p->score, head, 4);
+    section_check(r, isfinite(p->score), "a score that is not a number");
     if (sentencepiece && type == PIECE_CONTROL) p->length = 0;
     if (sentencepiece && type == PIECE_UNKNOWN) *p = (Piece){" \xe2\x81\x87 ", 5, (int)type, 0};
 }
@@ -2215,10 +2215,10 @@ static void load_fold(Model *m, Tokenizer *t, SectionReader *r) {
         int64_t value = (int32_t)read_u32(range + 4);
         if (rule == RULE_LETTER || rule == RULE_ALONE) value += code;
         if (rule == RULE_HANGUL) value += code - 0xAC00;
-        int64_t end = rule == RULE_STRING ? n_strings : CODE_POINTS;
-        section_check(r, rule < N_RULES && value >= 0 && value < end && (rule != RULE_STRING
-                         || read_u32(t->strings + 4 * value) < n_strings - value),
-                      "a Unicode rule that is unknown, or a value that it cannot have");
+        bool string = rule == RULE_STRING;
+        bool good = rule < N_RULES && value >= 0 && value < (string ? n_strings : CODE_POINTS);
+        if (good && string) good = read_u32(t->strings + 4 * value) < n_strings - value;
+        section_check(r, good, "a Unicode rule that is unknown, or a value that it cannot have");
         t->fold[code] = rule << 24 | (uint32_t)value;
     }
     section_check(r, range == last, "a Unicode range out of order or of bounds");
@@ -2231,7 +2231,7 @@ static void tokenizer_load(Model *m, const unsigned char *section, int64_t bytes
     int64_t n = section_u32(&r), most_nodes = 2 * (bytes - 12 * n) + N_ROOTS;
     section_check(&r, n > 0 && n <= m->vocab_size && n <= bytes / 12,
                   "as many tokens as neither the section nor the vocabulary holds");
-    section_check(&r, most_nodes < 1 << 23, "over 4 MB of text of tokens");
+    section_check(&r, most_nodes < 1 << 23, "tokens of over 4 MB in all");
     section_check(&r, m->tokenizer_kind == SENTENCEPIECE || (m->unk >= 0 && m->unk < n),
                   "no token is [UNK]");
     *t = (Tokenizer){.kind = m->tokenizer_kind, .n_tokens = (int)n, .unk = m->unk, .n_nodes = 16};
@@ -2298,7 +2298,8 @@ static void merge_run(const Tokenizer *t, Bpe *b, const char *s, int64_t n, Ids 
         symbol[i + bytes].left = bytes;
     }
     for (int64_t i = 0; i < n; i++) score_pair(t, b, i);
-    for (int64_t i; n && symbol[i = symbol[1].best].score > -INFINITY;) {
+    while (n && symbol[symbol[1].best].score > -INFINITY) {
+        int64_t i = symbol[1].best;
         Symbol *x = &symbol[i], *y = x + x->bytes;
         int64_t changed[] = {i - x->left, i, i + x->bytes};
         x->node = x->pair;
