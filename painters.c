@@ -2093,9 +2093,10 @@ static void model_quantize(const Model *m, const char *path) {
 //                              (lower case, accents) and cut at spaces, punctuation and CJK; each
 //                              word is covered by the longest pieces that fit, from the left.
 //
-// What a space, an accent or a lower-case letter is, C does not know: export.py writes what
-// Python's unicodedata says into the model file, as ranges of code points with one rule each.
-// The tokenizer section of a model file (little-endian, nothing aligned):
+// Both find their pieces in one trie. What a space, an accent or a lower-case letter is, C does
+// not know: export.py writes what Python's unicodedata says into the model file, as ranges of code
+// points with one rule each. The tokenizer section of a model file (little-endian, nothing
+// aligned):
 //
 //   u32 n_tokens, then for each token  f32 score, u32 type, u32 length, `length` bytes
 //   WordPiece: u32 n_ranges, u32 n_strings,
@@ -2129,38 +2130,40 @@ enum {                      // what a code point does to a WordPiece text
 };
 
 typedef struct {
-    const char *text;       // lies in the model file; no NUL behind it
+    const char *text;       // as decode() gives it back; no NUL behind it
     int length, type;
     float score;
 } Piece;
 
-typedef struct {
-    uint32_t first;         // code point
-    int rule, value;
-} Range;
+enum { NOWHERE, PIECES, VERBATIM, BYTES, N_ROOTS };     // nodes: no node, and three roots
+
+typedef struct {            // a node of the trie; its index in the hash table is its number
+    uint32_t key;           // its parent's number << 8 | the byte that leads to it; 0: a free place
+    int id;                 // of the piece that ends here; -1: none
+} Node;
 
 typedef struct Tokenizer {
     int kind;               // SENTENCEPIECE or WORDPIECE
     int n_tokens;           // at most the model's vocabulary
     int unk;                // WordPiece: the id of a word that no pieces cover
-    bool cut;               // SentencePiece: no piece reaches from one word into the next
-    int longest;            // piece, in bytes
-    int verbatim[256];      // the same of those taken verbatim that start with this byte; 0: none
-    int byte_id[256];       // SentencePiece: ids of the byte tokens
     Piece *piece;           // [n_tokens]
-    int *slot;              // [slots] hash table of ids, open addressing; -1: empty
-    uint32_t slots;         // a power of two
-    Range *range;           // [n_ranges] WordPiece: the Unicode table
-    uint32_t *string;       // [n_strings]
-    int64_t n_ranges, n_strings;
+    Node *node;             // [n_nodes] hash table, open addressing
+    uint32_t n_nodes;       // a power of two
+    uint32_t inside;        // WordPiece: the node of "##", where pieces inside a word begin
+    int byte_id[256];       // SentencePiece: ids of the byte tokens
+    char bytes[256];        // and their texts
+    bool joined[1 << 16];   // SentencePiece, by pair_hash(): may a piece have these two in a row?
+    uint32_t *fold;         // WordPiece: [0x110000] of each code point the rule << 24 | what it
+                            // becomes: a code point, class, index of a string, Hangul syllable
+    const unsigned char *strings;       // [n_strings] u32, in the model file
 } Tokenizer;
 
 #define WORD_SPACE "\xe2\x96\x81"   // U+2581: sentencepiece's visible space
 enum {
+    CODE_POINTS = 0x110000,
     WORD_CHARS = 100,       // WordPiece: a word of more characters is unknown
     LONGEST_PIECE = 4000,   // bytes
-    LONGEST_VERBATIM = 255,
-    LONGEST_STRING = 8      // code points that one can become
+    LONGEST_VERBATIM = 255
 };
 
 // Reads the code point at s, n > 0 bytes before the end of the text, and returns its length. A
@@ -2171,7 +2174,7 @@ static int utf8_read(const char *s, int64_t n, uint32_t *code) {
     int length = *p < 0xC0 ? 1 : *p < 0xE0 ? 2 : *p < 0xF0 ? 3 : 4, i = 1;
     uint32_t c = length > 1 ? *p & 0xFFu >> length : *p < 0x80 ? *p : UINT32_MAX;
     for (; i < length && i < n && (p[i] & 0xC0) == 0x80; i++) c = c << 6 | (p[i] & 0x3F);
-    bool good = i == length && c >= least[length] && c <= 0x10FFFF && c >> 11 != 0xD800 >> 11;
+    bool good = i == length && c >= least[length] && c < CODE_POINTS && c >> 11 != 0xD800 >> 11;
     *code = good ? c : 0xFFFD;
     return good ? length : 1;
 }
@@ -2184,39 +2187,34 @@ static int utf8_write(char *s, uint32_t c) {
     return n;
 }
 
-// The slot of a text: its piece's, or the empty one where it would go.
-static int *slot_of(const Tokenizer *t, const char *s, int64_t n) {
-    uint32_t hash = 2166136261u;        // FNV-1a
-    for (int64_t i = 0; i < n; i++) hash = (hash ^ (unsigned char)s[i]) * 16777619u;
-    for (hash ^= hash >> 16;; hash++) {
-        int *slot = &t->slot[hash & (t->slots - 1)];
-        if (*slot < 0) return slot;
-        const Piece *p = &t->piece[*slot];
-        if (p->length == n && !memcmp(p->text, s, (size_t)n)) return slot;
+// The node that s[0 .. n) leads to from another; NOWHERE where there is none, unless it is to be
+// added.
+static uint32_t trie_walk(const Tokenizer *t, uint32_t node, const char *s, int64_t n, bool add) {
+    for (; n > 0 && node; s++, n--) {
+        uint32_t key = node << 8 | (unsigned char)*s, mask = t->n_nodes - 1;
+        uint32_t i = (uint32_t)(key * 0x9e3779b97f4a7c15u >> 32) & mask;
+        while (t->node[i].key && t->node[i].key != key) i = (i + 1) & mask;
+        if (add && !t->node[i].key) t->node[i] = (Node){key, -1};
+        node = t->node[i].key ? i : NOWHERE;
     }
+    return node;
 }
 
-static bool is_verbatim(const Tokenizer *t, const Piece *p) {
-    return p->type == PIECE_VERBATIM || (p->type == PIECE_CONTROL && t->kind == WORDPIECE);
-}
-
-// The longest piece, of more than `least` bytes, that s[0 .. n) starts with, n > 0: one taken
-// verbatim, or one of a word. -1: none.
-static int longest_piece(const Tokenizer *t, const char *s, int64_t n, int least, bool verbatim) {
-    int longest = verbatim ? t->verbatim[(unsigned char)*s] : t->longest;
-    for (n = n < longest ? n : longest; n > least; n--) {
-        int id = *slot_of(t, s, n);
-        if (id < 0) continue;
-        const Piece *p = &t->piece[id];
-        if (verbatim ? is_verbatim(t, p) : p->type != PIECE_VERBATIM) return id;
+// The longest piece below a node that s[0 .. n) starts with, and its length; -1: none.
+static int longest_piece(const Tokenizer *t, uint32_t node, const char *s, int64_t n,
+                         int64_t *length) {
+    int id = -1;
+    for (int64_t i = 0; i < n && (node = trie_walk(t, node, s + i, 1, false)); i++) {
+        if (t->node[node].id < 0) continue;
+        id = t->node[node].id;
+        *length = i + 1;
     }
-    return -1;
+    return id;
 }
 
-// Does a word start at s[at]: a U+2581 with something else before it?
-static bool word_starts(const char *s, int64_t n, int64_t at) {
-    return at > 0 && n - at >= 3 && !memcmp(s + at, WORD_SPACE, 3)
-        && (at < 3 || memcmp(s + at - 3, WORD_SPACE, 3));
+// Where `joined` keeps a pair of code points. Pairs that share a place cost time, nothing else.
+static uint32_t pair_hash(uint32_t a, uint32_t b) {
+    return (a * 0x9e3779b1u ^ b) * 0x85ebca6bu >> 16;
 }
 
 // --- Loading -------------------------------------------------------------------------------------
@@ -2228,10 +2226,9 @@ typedef struct {            // where the reader stands in the tokenizer section
 } SectionReader;
 
 static void section_check(const SectionReader *r, bool good, const char *fault) {
-    if (!good) {
-        die("%s: tokenizer, byte %lld of %lld: %s; export the model again", r->file,
-            (long long)r->at, (long long)r->bytes, fault);
-    }
+    if (good) return;
+    die("%s: tokenizer, byte %lld of %lld: %s; export the model again", r->file,
+        (long long)r->at, (long long)r->bytes, fault);
 }
 
 static const unsigned char *section_take(SectionReader *r, int64_t n) {
@@ -2242,189 +2239,149 @@ static const unsigned char *section_take(SectionReader *r, int64_t n) {
 
 static uint32_t section_u32(SectionReader *r) { return read_u32(section_take(r, 4)); }
 
-// The value of a byte token's text, <0x00> to <0xFF>; above 255 if it is something else.
-static unsigned byte_value(const Piece *p) {
-    char text[7] = {0};
-    unsigned value;
-    memcpy(text, p->text, p->length == 6 ? 6 : 0);
-    return sscanf(text, "<0x%2X>", &value) == 1 ? value : 256;
-}
-
-// Reads token i and enters it into the tables that its type asks for.
+// Reads token i and enters it where its type says that encode() will look for it.
 static void load_piece(Tokenizer *t, SectionReader *r, int i) {
-    Piece *p = &t->piece[i];
     bool sentencepiece = t->kind == SENTENCEPIECE;
-    uint32_t score = section_u32(r), type = section_u32(r), length = section_u32(r);
-    p->text = (const char *)section_take(r, length);
-    p->length = (int)length;
-    p->type = (int)type;
-    memcpy(&p->score, &score, 4);
-    section_check(r, isfinite(p->score), "a score that is not a number");
+    const unsigned char *head = section_take(r, 12);
+    uint32_t type = read_u32(head + 4), length = read_u32(head + 8), code, before = 0;
+    const char *text = (const char *)section_take(r, length);
+    bool special = !sentencepiece && type == PIECE_CONTROL;
+    bool verbatim = special || type == PIECE_VERBATIM;
     section_check(r, type >= PIECE_NORMAL && type <= PIECE_BYTE && type != PIECE_UNUSED,
                   "a token of a type that is not 1, 2, 3, 4 or 6");
-    bool verbatim = is_verbatim(t, p);
     section_check(r, length <= (verbatim ? LONGEST_VERBATIM : LONGEST_PIECE), "a token too long");
-    section_check(r, length || !(sentencepiece || verbatim), "an empty token");
-    if (sentencepiece && p->type == PIECE_BYTE) {
-        unsigned byte = byte_value(p);
-        section_check(r, byte < 256 && t->byte_id[byte] < 0, "a byte token that is wrong");
-        t->byte_id[byte] = i;
+    section_check(r, (r->bytes - r->at) / 12 >= t->n_tokens - 1 - i, "the tokens after it cannot fit");
+    // Of equal texts the last one counts, as in vocab.txt.
+    if (type == PIECE_NORMAL || special) t->node[trie_walk(t, PIECES, text, length, true)].id = i;
+    if (verbatim) t->node[trie_walk(t, VERBATIM, text, length, true)].id = i;
+    if (type == PIECE_BYTE) t->node[trie_walk(t, BYTES, text, length, true)].id = i;
+    for (int64_t k = 0; type == PIECE_NORMAL && k < length; before = code) {
+        k += utf8_read(text + k, length - k, &code);
+        t->joined[pair_hash(before, code)] = true;
     }
-    if (p->type != PIECE_NORMAL && !verbatim) return;
-    int *slot = slot_of(t, p->text, length), *longest = &t->longest;
-    section_check(r, !sentencepiece || *slot < 0, "a token with the text of an earlier one");
-    *slot = i;                          // WordPiece: the last of equal lines in vocab.txt counts
-    if (p->length > *longest) *longest = p->length;
-    if (verbatim) longest = &t->verbatim[(unsigned char)p->text[0]];
-    if (p->length > *longest) *longest = p->length;
-    for (int k = 0; k < p->length; k++) t->cut &= !word_starts(p->text, p->length, k);
-}
-
-// Is range i in its place, and its value one that the rule can have?
-static bool good_range(const Tokenizer *t, int64_t i) {
-    const Range *r = &t->range[i];
-    int64_t first = r->first, last = i + 1 < t->n_ranges ? (int64_t)r[1].first - 1 : 0x10FFFF;
-    bool mark = r->rule == RULE_COMBINING, string = r->rule == RULE_STRING;
-    int64_t least = mark ? 1 : string ? 0 : -first;
-    int64_t most = mark ? 255 : string ? t->n_strings - 1 : 0x10FFFF - last;
-    return r->rule < N_RULES && first <= last && last <= 0x10FFFF && (i > 0 || first == 0)
-        && r->value >= least && r->value <= most
-        && (r->rule != RULE_HANGUL || (first >= 0xAC00 && last <= 0xD7A3))
-        && (!string || (t->string[r->value] <= LONGEST_STRING
-                        && t->string[r->value] < t->n_strings - r->value));
+    Piece *p = &t->piece[i];
+    *p = (Piece){text, (int)length, (int)type, 0};
+    memcpy(&p->score, head, 4);
+    section_check(r, isfinite(p->score), "a score that is not a number");
+    if (sentencepiece && type == PIECE_CONTROL) p->length = 0;
+    if (sentencepiece && type == PIECE_UNKNOWN) *p = (Piece){" \xe2\x81\x87 ", 5, (int)type, 0};
 }
 
 // Reads the Unicode table of a WordPiece section.
-static void load_ranges(Tokenizer *t, SectionReader *r) {
-    t->n_ranges = section_u32(r);
-    t->n_strings = section_u32(r);
-    section_check(r, t->n_ranges > 0 && t->n_ranges * 8 + t->n_strings * 4 == r->bytes - r->at,
-                  "the Unicode table has another size than it says");
-    t->range = allocate(t->n_ranges, sizeof *t->range, "Unicode ranges");
-    t->string = allocate(t->n_strings, sizeof *t->string, "Unicode strings");
-    for (int64_t i = 0; i < t->n_ranges; i++) {
-        uint32_t packed = section_u32(r), value = section_u32(r);
-        t->range[i] = (Range){packed & 0xFFFFFF, (int)(packed >> 24), (int32_t)value};
+static void load_fold(Model *m, Tokenizer *t, SectionReader *r) {
+    int64_t n_ranges = section_u32(r), n_strings = section_u32(r);
+    const unsigned char *range = section_take(r, 8 * n_ranges), *last = range + 8 * (n_ranges - 1);
+    t->strings = section_take(r, 4 * n_strings);
+    for (int64_t i = 0; i < n_strings; i++) {
+        section_check(r, read_u32(t->strings + 4 * i) < CODE_POINTS, "a string of no code points");
     }
-    for (int64_t i = 0; i < t->n_strings; i++) {
-        t->string[i] = section_u32(r);
-        section_check(r, t->string[i] <= 0x10FFFF, "a string of something else than code points");
+    section_check(r, n_ranges && !(read_u32(range) & 0xFFFFFF), "no Unicode range starts at 0");
+    t->fold = model_allocate(m, CODE_POINTS, sizeof *t->fold, "Unicode table");
+    for (int64_t code = 0; code < CODE_POINTS; code++) {
+        if (range < last && (read_u32(range + 8) & 0xFFFFFF) == code) range += 8;
+        uint32_t rule = read_u32(range) >> 24;
+        int64_t value = (int32_t)read_u32(range + 4);
+        if (rule == RULE_LETTER || rule == RULE_ALONE) value += code;
+        if (rule == RULE_HANGUL) value += code - 0xAC00;
+        bool string = rule == RULE_STRING;
+        bool good = rule < N_RULES && value >= 0 && value < (string ? n_strings : CODE_POINTS);
+        if (good && string) good = read_u32(t->strings + 4 * value) < n_strings - value;
+        section_check(r, good, "a Unicode rule that is unknown, or a value that it cannot have");
+        t->fold[code] = rule << 24 | (uint32_t)value;
     }
-    for (int64_t i = 0; i < t->n_ranges; i++) {
-        section_check(r, good_range(t, i), "a Unicode range out of order or of bounds");
-    }
+    section_check(r, range == last, "a Unicode range out of order or of bounds");
 }
 
-// Reads and checks the tokenizer section of a model file, whose bytes must outlive the tokenizer;
-// `kind` and `unk` come from the file's header. Dies naming file, place, fault and mend.
-static void tokenizer_load(Tokenizer *t, const char *file, int kind, const unsigned char *data,
-                           int64_t bytes, int vocab_size, int unk) {
-    SectionReader r = {file, data, 0, bytes};
-    *t = (Tokenizer){.kind = kind, .unk = unk, .cut = true, .slots = 16};
-    int64_t n = section_u32(&r);
-    section_check(&r, n > 0 && n <= vocab_size && n <= bytes / 12,
+// Reads and checks the tokenizer section of a model's file; kind and [UNK] stand in the header.
+static void tokenizer_load(Model *m, const unsigned char *section, int64_t bytes) {
+    Tokenizer *t = m->tokenizer = model_allocate(m, 1, sizeof *t, "tokenizer");
+    SectionReader r = {m->path, section, 0, bytes};
+    int64_t n = section_u32(&r), most_nodes = 2 * (bytes - 12 * n) + N_ROOTS;
+    section_check(&r, n > 0 && n <= m->vocab_size && n <= bytes / 12,
                   "as many tokens as neither the section nor the vocabulary holds");
-    section_check(&r, kind == SENTENCEPIECE || (unk >= 0 && unk < n), "no token is [UNK]");
-    t->n_tokens = (int)n;
-    t->piece = allocate(n, sizeof *t->piece, "pieces");
-    while (t->slots < 2 * n) t->slots *= 2;
-    t->slot = allocate(t->slots, sizeof *t->slot, "hash table of pieces");
-    memset(t->slot, -1, t->slots * sizeof *t->slot);
-    memset(t->byte_id, -1, sizeof t->byte_id);
+    section_check(&r, most_nodes < 1 << 23, "tokens of over 4 MB in all");
+    section_check(&r, m->tokenizer_kind == SENTENCEPIECE || (m->unk >= 0 && m->unk < n),
+                  "no token is [UNK]");
+    *t = (Tokenizer){.kind = m->tokenizer_kind, .n_tokens = (int)n, .unk = m->unk, .n_nodes = 16};
+    t->piece = model_allocate(m, n, sizeof *t->piece, "pieces");
+    while (t->n_nodes <= most_nodes) t->n_nodes *= 2;
+    t->node = model_allocate(m, t->n_nodes, sizeof *t->node, "trie of pieces");
+    for (int i = 0; i < N_ROOTS; i++) t->node[i] = (Node){UINT32_MAX, -1};
     for (int i = 0; i < n; i++) load_piece(t, &r, i);
-    if (kind == WORDPIECE) load_ranges(t, &r);
-    for (int i = 0; kind == SENTENCEPIECE && i < 256; i++) {
-        section_check(&r, t->byte_id[i] >= 0, "a byte of the 256 has no token (no byte fallback)");
+    if (t->kind == WORDPIECE) load_fold(m, t, &r);
+    t->inside = trie_walk(t, PIECES, "##", 2, false);
+    for (int i = 0; t->kind == SENTENCEPIECE && i < 256; i++) {
+        char name[8];
+        snprintf(name, sizeof name, "<0x%02X>", (unsigned char)i);
+        int id = t->byte_id[i] = t->node[trie_walk(t, BYTES, name, 6, false)].id;
+        section_check(&r, id >= 0, "a byte of the 256 has no token (no byte fallback)");
+        t->bytes[i] = (char)i;
+        t->piece[id] = (Piece){&t->bytes[i], 1, PIECE_BYTE, 0};
     }
     section_check(&r, r.at == bytes, "too many bytes");
 }
 
-static void tokenizer_free(Tokenizer *t) {
-    release(t->piece);
-    release(t->slot);
-    release(t->range);
-    release(t->string);
-    *t = (Tokenizer){0};
-}
-
 // --- SentencePiece BPE ---------------------------------------------------------------------------
 
-typedef struct {            // a run of bytes of the text, a piece in the making
-    int64_t bytes;          // 0: merged into one before it
-    int64_t left;           // where its left neighbour starts
-    float score;            // of the piece that it and its right neighbour make, or -INFINITY
+typedef struct {            // some bytes of the text, a piece in the making
+    int bytes;              // 0: merged into one before it
+    int left;               // bytes of its left neighbour
+    uint32_t node, pair;    // of the trie: its own; that of it and its right neighbour in one
+    float score;            // of the piece that the pair is, or -INFINITY
+    int64_t best;           // see Bpe
 } Symbol;
 
-typedef struct {            // working memory of one encode()
-    const char *s;          // [n] what is merged
-    int64_t n, symbols, nodes;
-    Symbol *symbol;         // [n + 1] by the byte it starts at
-    int64_t *best;          // [2n] a tournament: node n + i is symbol i, and each node below n has
-                            // the better of nodes 2k and 2k + 1, so that node 1 has the best of all
+typedef struct {            // a run of text that merges by itself
+    const char *s;          // [n]
+    int64_t n, capacity;
+    Symbol *symbol;         // [n + 1] by the byte that it starts at. They hold a tournament of
+                            // pairs: its node n + i is symbol i, and each node k below n has the
+                            // better of nodes 2k and 2k + 1, so that node 1 has the best of all
 } Bpe;
 
-static void play(Bpe *b, int64_t node) {
-    int64_t x = b->best[2 * node], y = b->best[2 * node + 1];
-    float own = b->symbol[x].score, other = b->symbol[y].score;
-    b->best[node] = own > other || (own == other && x < y) ? x : y;
-}
-
-// Finds what symbol i and its right neighbour would merge into.
+// Finds what symbol i and its right neighbour would merge into, and replays its matches.
 static void score_pair(const Tokenizer *t, Bpe *b, int64_t i) {
-    Symbol *symbol = b->symbol;
-    int64_t next = i + symbol[i].bytes, end = next + symbol[next].bytes;
-    bool pair = symbol[i].bytes && next < b->n && end - i <= t->longest;
-    int id = pair ? *slot_of(t, b->s + i, end - i) : -1;
-    symbol[i].score = id < 0 ? -INFINITY : t->piece[id].score;
-}
-
-// The text as sentencepiece sees it: a space in front, spaces as U+2581, valid UTF-8.
-static void normalise(const char *text, int64_t bytes, Text *out) {
-    text_add(out, WORD_SPACE, 3);
-    for (int64_t i = 0; i < bytes;) {
-        uint32_t code;
-        char c[4];
-        i += utf8_read(text + i, bytes - i, &code);
-        text_add(out, c, utf8_write(c, code == ' ' ? 0x2581 : code));
+    Symbol *symbol = b->symbol, *x = &symbol[i], *y = x + x->bytes;
+    x->pair = y->bytes ? trie_walk(t, x->node, b->s + i + x->bytes, y->bytes, false) : NOWHERE;
+    int id = t->node[x->pair].id;
+    x->score = id < 0 ? -INFINITY : t->piece[id].score;
+    for (int64_t n = b->n, k = (n + i) / 2; k > 0; k /= 2) {
+        int64_t left = 2 * k < n ? symbol[2 * k].best : 2 * k - n;
+        int64_t right = 2 * k + 1 < n ? symbol[2 * k + 1].best : 2 * k + 1 - n;
+        float own = symbol[left].score, other = symbol[right].score;
+        symbol[k].best = own > other || (own == other && left < right) ? left : right;
     }
 }
 
 // Merges s[0 .. n) and appends its ids.
 static void merge_run(const Tokenizer *t, Bpe *b, const char *s, int64_t n, Ids *out) {
-    uint32_t code;
+    Symbol *symbol = b->symbol = grow(b->symbol, &b->capacity, n + 2, sizeof *symbol, "symbols");
     b->s = s;
     b->n = n;
-    b->symbol = grow(b->symbol, &b->symbols, n + 1, sizeof *b->symbol, "symbols");
-    b->best = grow(b->best, &b->nodes, 2 * n, sizeof *b->best, "symbols");
-    memset(b->symbol, 0, (size_t)(n + 1) * sizeof *b->symbol);
-    for (int64_t i = 0, next; i < n; i = next) {
-        b->symbol[i].bytes = utf8_read(s + i, n - i, &code);
-        next = i + b->symbol[i].bytes;
-        b->symbol[next].left = i;
+    memset(symbol, 0, (size_t)(n + 2) * sizeof *symbol);
+    for (int64_t i = 0; i < n; i += symbol[i].bytes) {
+        uint32_t code;
+        int bytes = symbol[i].bytes = utf8_read(s + i, n - i, &code);
+        symbol[i].node = trie_walk(t, PIECES, s + i, bytes, false);
+        symbol[i + bytes].left = bytes;
     }
-    for (int64_t i = 0; i < n; i++) {
-        score_pair(t, b, i);
-        b->best[n + i] = i;
+    for (int64_t i = 0; i < n; i++) score_pair(t, b, i);
+    while (n && symbol[symbol[1].best].score > -INFINITY) {
+        int64_t i = symbol[1].best;
+        Symbol *x = &symbol[i], *y = x + x->bytes;
+        int64_t changed[] = {i - x->left, i, i + x->bytes};
+        x->node = x->pair;
+        x->bytes += y->bytes;
+        y->bytes = 0;
+        x[x->bytes].left = x->bytes;
+        for (int k = 0; k < 3; k++) score_pair(t, b, changed[k]);
     }
-    for (int64_t node = n - 1; node > 0; node--) play(b, node);
-    while (n && b->symbol[b->best[1]].score > -INFINITY) {
-        int64_t i = b->best[1], right = i + b->symbol[i].bytes;
-        b->symbol[i].bytes += b->symbol[right].bytes;
-        b->symbol[right].bytes = 0;
-        b->symbol[i + b->symbol[i].bytes].left = i;
-        int64_t changed[] = {b->symbol[i].left, i, right};
-        for (int k = 0; k < 3; k++) {
-            score_pair(t, b, changed[k]);
-            for (int64_t node = (n + changed[k]) / 2; node > 0; node /= 2) play(b, node);
-        }
-    }
-    for (int64_t i = 0; i < n; i += b->symbol[i].bytes) {
-        int64_t bytes = b->symbol[i].bytes;
-        int id = *slot_of(t, s + i, bytes);
-        for (int64_t k = i; id < 0 && k < i + bytes; k++) {
-            ids_push(out, t->byte_id[(unsigned char)s[k]]);
-        }
+    for (int64_t i = 0; i < n; i += symbol[i].bytes) {
+        int id = t->node[symbol[i].node].id;
         if (id >= 0) ids_push(out, id);
+        for (int k = 0; id < 0 && k < symbol[i].bytes; k++) {
+            ids_push(out, t->byte_id[(unsigned char)s[i + k]]);
+        }
     }
 }
 
@@ -2446,60 +2403,44 @@ static void word_add(Word *w, uint32_t code, uint32_t class) {
 
 // Appends the ids of the word's pieces, longest first from the left; [UNK] alone where that fails.
 static void word_end(const Tokenizer *t, Word *w, Ids *out) {
-    char s[2 + 4 * WORD_CHARS];         // two bytes for "##" in front
-    int64_t at = 2, end = 2, before = out->n;
+    char s[4 * WORD_CHARS];
+    int64_t at = 0, end = 0, n = 0, before = out->n;
     bool fits = w->n <= WORD_CHARS;
     for (int i = 0; fits && i < w->n; i++) end += utf8_write(s + end, w->code[i] & 0xFFFFFF);
     w->n = w->fixed = 0;
-    for (int glue = 0; fits && at < end; glue = 2) {
-        memcpy(s + at - glue, "##", (size_t)glue);      // over bytes of pieces already found
-        int id = longest_piece(t, s + at - glue, end - at + glue, glue, false);
+    for (; fits && at < end; at += n) {
+        int id = longest_piece(t, at ? t->inside : PIECES, s + at, end - at, &n);
         fits = id >= 0;
-        if (fits) ids_push(out, id);
-        if (fits) at += t->piece[id].length - glue;
+        ids_push(out, id);
     }
     if (fits) return;
     out->n = before;
     ids_push(out, t->unk);
 }
 
-// The range that holds a code point.
-static const Range *range_of(const Tokenizer *t, uint32_t code) {
-    int64_t lo = 0, hi = code < t->n_ranges ? (int64_t)code + 1 : t->n_ranges;
-    while (hi - lo > 1) {
-        int64_t middle = (lo + hi) / 2;
-        bool above = t->range[middle].first > code;
-        lo = above ? lo : middle;
-        hi = above ? middle : hi;
-    }
-    return &t->range[lo];
-}
-
 // Lets one code point of the text do what its rule says.
 static void word_feed(const Tokenizer *t, Word *w, uint32_t code, Ids *out) {
-    const Range *r = range_of(t, code);
-    uint32_t syllable = code - 0xAC00, moved = code + (uint32_t)r->value;
-    switch (r->rule) {
-    case RULE_LETTER: word_add(w, moved, 0); break;
-    case RULE_COMBINING: word_add(w, code, (uint32_t)r->value); break;
+    uint32_t value = t->fold[code] & 0xFFFFFF;
+    switch (t->fold[code] >> 24) {
+    case RULE_LETTER: word_add(w, value, 0); break;
+    case RULE_COMBINING: word_add(w, code, value); break;
     case RULE_BARRIER: w->fixed = w->n; break;
     case RULE_SPACE: word_end(t, w, out); break;
     case RULE_ALONE:
         word_end(t, w, out);
-        word_add(w, moved, 0);
+        word_add(w, value, 0);
         word_end(t, w, out);
         break;
     case RULE_STRING:
-        for (uint32_t i = 1; i <= t->string[r->value]; i++) {
-            uint32_t c = t->string[r->value + (int)i];
-            const Range *own = range_of(t, c);
-            word_add(w, c, own->rule == RULE_COMBINING ? (uint32_t)own->value : 0);
+        for (uint32_t i = 1; i <= read_u32(t->strings + 4 * value) && w->n <= WORD_CHARS; i++) {
+            uint32_t c = read_u32(t->strings + 4 * (value + i)), own = t->fold[c];
+            word_add(w, c, own >> 24 == RULE_COMBINING ? own & 0xFFFFFF : 0);
         }
         break;
     case RULE_HANGUL:                   // by Unicode's arithmetic
-        word_add(w, 0x1100 + syllable / 588, 0);
-        word_add(w, 0x1161 + syllable % 588 / 28, 0);
-        if (syllable % 28) word_add(w, 0x11A7 + syllable % 28, 0);
+        word_add(w, 0x1100 + value / 588, 0);
+        word_add(w, 0x1161 + value % 588 / 28, 0);
+        if (value % 28) word_add(w, 0x11A7 + value % 28, 0);
         break;
     default: break;
     }
@@ -2507,27 +2448,39 @@ static void word_feed(const Tokenizer *t, Word *w, uint32_t code, Ids *out) {
 
 // --- Both ----------------------------------------------------------------------------------------
 
+// The text as sentencepiece sees it: a space in front, spaces as U+2581, valid UTF-8.
+static void normalise(const char *text, int64_t bytes, Text *out) {
+    text_add(out, WORD_SPACE, 3);
+    for (int64_t i = 0; i < bytes;) {
+        uint32_t code;
+        char c[4];
+        i += utf8_read(text + i, bytes - i, &code);
+        text_add(out, c, utf8_write(c, code == ' ' ? 0x2581 : code));
+    }
+}
+
 // Appends the ids of text[0..bytes), without BOS, [CLS] or [SEP]. Any bytes are a text: one that
 // is not UTF-8 counts as U+FFFD, as sentencepiece has it (and WordPiece drops it). Pieces taken
-// verbatim end a word or run; where no piece spans two words, so does a word's start.
+// verbatim end a word or run; between two characters that no piece joins a run ends too: 10 MB of
+// short runs merge at 14 MB/s, as one run at 1.
 static void encode(const Tokenizer *t, const char *text, int64_t bytes, Ids *out) {
     Bpe b = {0};
     Word w = {.n = 0};
     Text whole = {0};
-    bool wordpiece = t->kind == WORDPIECE;
-    uint32_t code;
+    bool sentencepiece = t->kind == SENTENCEPIECE;
+    uint32_t code = 0, before = 0;
     int64_t start = 0;
-    if (!wordpiece && bytes) {
+    if (sentencepiece && bytes) {
         normalise(text, bytes, &whole);
         text = whole.s;
         bytes = whole.n;
     }
-    for (int64_t at = 0, n; at < bytes; at += n) {
-        int id = longest_piece(t, text + at, bytes - at, 0, true);
-        n = id >= 0 ? t->piece[id].length : utf8_read(text + at, bytes - at, &code);
-        if (wordpiece && id >= 0) word_end(t, &w, out);
-        else if (wordpiece) word_feed(t, &w, code, out);
-        else if (id >= 0 || (t->cut && word_starts(text + start, bytes - start, at - start))) {
+    for (int64_t at = 0, n; at < bytes; at += n, before = code) {
+        int id = longest_piece(t, VERBATIM, text + at, bytes - at, &n);
+        if (id < 0) n = utf8_read(text + at, bytes - at, &code);
+        if (!sentencepiece && id < 0) word_feed(t, &w, code, out);
+        if (!sentencepiece && id >= 0) word_end(t, &w, out);
+        if (sentencepiece && (id >= 0 || !t->joined[pair_hash(before, code)])) {
             merge_run(t, &b, text + start, at - start, out);
             start = at;
         }
@@ -2535,11 +2488,10 @@ static void encode(const Tokenizer *t, const char *text, int64_t bytes, Ids *out
         ids_push(out, id);
         start = at + n;
     }
-    if (wordpiece) word_end(t, &w, out);
-    else merge_run(t, &b, text + start, bytes - start, out);
+    word_end(t, &w, out);
+    if (sentencepiece) merge_run(t, &b, text + start, bytes - start, out);
     release(whole.s);
     release(b.symbol);
-    release(b.best);
 }
 
 // Appends the text of one token as it continues the token `previous` (-1: it starts a text).
@@ -2548,24 +2500,19 @@ static void encode(const Tokenizer *t, const char *text, int64_t bytes, Ids *out
 static void decode(const Tokenizer *t, int previous, int id, Text *out) {
     if (id < 0 || id >= t->n_tokens) return;
     const Piece *p = &t->piece[id];
-    bool first = previous < 0 || (t->kind == SENTENCEPIECE && (previous >= t->n_tokens
+    bool sentencepiece = t->kind == SENTENCEPIECE;
+    bool first = previous < 0 || (sentencepiece && (previous >= t->n_tokens
                || t->piece[previous].type == PIECE_CONTROL));
-    if (t->kind == WORDPIECE) {
-        int glue = p->length > 2 && !memcmp(p->text, "##", 2) ? 2 : 0;
-        if (!glue && !first) text_add(out, " ", 1);
-        text_add(out, p->text + glue, p->length - glue);
-    } else if (p->type == PIECE_UNKNOWN) {
-        text_add(out, " \xe2\x81\x87 ", 5);
-    } else if (p->type == PIECE_BYTE) {
-        text_add(out, &(char){(char)byte_value(p)}, 1);
-    } else if (p->type != PIECE_CONTROL) {
-        for (int at = 0, n; at < p->length; at += n) {
-            bool space = p->length - at >= 3 && !memcmp(p->text + at, WORD_SPACE, 3);
-            n = space ? 3 : 1;
-            if (at || !space || !first) text_add(out, space ? " " : p->text + at, 1);
-        }
+    const char *mark = sentencepiece ? WORD_SPACE : "##";
+    int at = p->length > 2 && !memcmp(p->text, mark, strlen(mark)) ? (int)strlen(mark) : 0;
+    if ((at > 0) == sentencepiece && !first) text_add(out, " ", 1);
+    for (int n; at < p->length; at += n) {
+        bool space = sentencepiece && p->length - at >= 3 && !memcmp(p->text + at, WORD_SPACE, 3);
+        n = space ? 3 : 1;
+        text_add(out, space ? " " : p->text + at, 1);
     }
 }
+
 // ------------------------------------------------------------------------------------------------
 // 6. Loading a model, and continuing a text
 // ------------------------------------------------------------------------------------------------
@@ -2592,15 +2539,12 @@ static Model *model_load(const char *path) {
     model_map(m);
     model_header(m);
     model_weights(m);
-    if (!m->tokenizer_kind) return m;
-    m->tokenizer = model_allocate(m, 1, sizeof *m->tokenizer, "tokenizer");
-    tokenizer_load(m->tokenizer, m->path, m->tokenizer_kind, m->file + read_i64(m->file + 48),
-                   read_i64(m->file + 56), m->vocab_size, m->unk);
+    const unsigned char *f = m->file;
+    if (m->tokenizer_kind) tokenizer_load(m, f + read_i64(f + 48), read_i64(f + 56));
     return m;
 }
 
 static void model_free(Model *m) {
-    if (m->tokenizer) tokenizer_free(m->tokenizer);
     for (int64_t i = 0; i < m->n_own; i++) release(m->own[i]);
     release(m->own);
 #ifdef _WIN32
@@ -2699,6 +2643,8 @@ static void continue_text(Session *s, const Schedule *schedule) {
         batch_commit(s);
         if (!made++) decoding = seconds();
         int next = sample(c, z, m->vocab_size, &random);
+        // EOS ends a text; so does BOS, with which another begins: llama2.c's models were trained
+        // that way, and it stops there too. (--eval stops at EOS alone, as the harness does.)
         if (next == m->eos || next == m->bos) break;
         piece.n = 0;
         decode(m->tokenizer, ids.id[ids.n - 1], next, &piece);

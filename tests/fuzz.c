@@ -170,11 +170,13 @@ static void fuzz_tokenizer(const uint8_t *data, size_t size) {
     memcpy(section, data + 3, (size_t)bytes);
     memcpy(text, data + 3 + bytes, (size_t)(rest - bytes));
     if (!setjmp(ended)) {
-        Tokenizer *t = allocate(1, sizeof *t, "tokenizer");
+        static Model m;
         Ids ids = {0};
         Text back = {0};
-        tokenizer_load(t, "section", data[0] % 2 ? SENTENCEPIECE : WORDPIECE, section, bytes,
-                       1 << 20, 1);
+        m = (Model){.path = "section", .tokenizer_kind = data[0] % 2 ? SENTENCEPIECE : WORDPIECE,
+                    .vocab_size = 1 << 20, .unk = 1};
+        tokenizer_load(&m, section, bytes);
+        const Tokenizer *t = m.tokenizer;
         encode(t, (const char *)text, rest - bytes, &ids);
         for (int64_t i = 0; i < ids.n; i++) {
             if (ids.id[i] < 0 || ids.id[i] >= t->n_tokens) abort();
