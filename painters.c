@@ -4247,15 +4247,15 @@ static int64_t merge_rows(Row *rows, int64_t n, int n_keys, bool median) {
     int64_t kept = 0;
     for (int64_t i = 0, k; i < n; i += k) {
         Row r = rows[i];
-        double mean = 0, squares = 0, chance = 0;
+        double squares = 0;
         k = span(rows + i, n - i, n_keys);
-        for (int64_t j = i; j < i + k; j++) {
-            mean += rows[j].value / (double)k;
-            chance += rows[j].chance / (double)k;
+        for (int64_t j = i + 1; j < i + k; j++) {
+            r.value += rows[j].value;
+            r.chance += rows[j].chance;
         }
-        for (int64_t j = i; j < i + k; j++) squares += pow(rows[j].value - mean, 2);
-        r.value = mean;
-        r.chance = chance;
+        r.value /= (double)k;
+        r.chance /= (double)k;
+        for (int64_t j = i; j < i + k; j++) squares += pow(rows[j].value - r.value, 2);
         if (median) r.value = (rows[i + (k - 1) / 2].value + rows[i + k / 2].value) / 2;
         if (k > 1) {
             r.error = sqrt(squares / (double)(k - 1));
@@ -4325,18 +4325,15 @@ static int64_t make_summary(Row *out, const Row *rows, int64_t n) {
 // Tables
 // ------------------------------------------------------------------------------------------------
 
-// A new string.
+// A new string; a very long one is cut.
 __attribute__((format(printf, 1, 2)))
 static char *print(const char *format, ...) {
+    char s[8000];               // more than a path can have
     va_list args;
     va_start(args, format);
-    int n = vsnprintf(NULL, 0, format, args);
+    vsnprintf(s, sizeof s, format, args);
     va_end(args);
-    char *s = allocate(n + 1, 1, "text");
-    va_start(args, format);
-    vsnprintf(s, (size_t)n + 1, format, args);
-    va_end(args);
-    return s;
+    return copy_string(s);
 }
 
 // "Llama, 32 layers, no-bos"
@@ -4427,37 +4424,13 @@ typedef struct {
     double level[2];            // baseline and chance; NaN: unknown
 } Figure;
 
-// The points of a view, sorted by series. Among other methods, looped parallel has R = 3, as the
-// paper has it, or if that was not run the largest. The grid needs several R; parallel is R = 1.
-static int64_t select_points(Row *p, const Row *panel, int64_t n, int view) {
-    int64_t m = 0;
-    int turns = 0, least = 0, most = 0;
-    for (const Row *r = panel; r < panel + n; r++) {
-        if (r->turns < 0) continue;
-        if (turns != 3) turns = r->turns;       // they ascend
-        if (!least) least = r->turns;
-        most = r->turns;
-    }
-    for (const Row *r = panel; r < panel + n; r++) {
-        if (r->start < 0) continue;             // no intervention
-        bool loop = r->turns > 0, parallel = !strcmp(r->method, "parallel");
-        bool on_line = (interventions[r->rank - 1].range == MIDDLE) == (view == STARTS);
-        bool in_grid = least < most && (loop || (parallel && least > 1));
-        if (view == LOOPS ? in_grid : on_line && (!loop || r->turns == turns)) p[m++] = *r;
-    }
-    return merge_rows(p, m, BY_POINT, false);
-}
-
-// The range of a panel's values, logarithmic for perplexities over more than two decades; that of
+// The range of a figure's values, logarithmic for perplexities over more than two decades; that of
 // lines has room for baseline, chance and error bars.
 static Scale figure_scale(const Figure *g) {
     Scale s = {INFINITY, -INFINITY, false};
     const Row *end = g->cell + g->rows * g->cols;
     for (const Row *r = g->cell; r < end; r++) include(&s, r->value);
-    if (g->view != LOOPS) {
-        include(&s, g->level[0]);
-        include(&s, g->level[1]);
-    }
+    for (int i = 0; i < 2 && g->view != LOOPS; i++) include(&s, g->level[i]);
     if (lower_is_better(g->panel) && s.lo > 0 && s.hi > 100 * s.lo) {
         s = (Scale){log10(s.lo), log10(s.hi), true};
     }
@@ -4470,54 +4443,63 @@ static Scale figure_scale(const Figure *g) {
     return (Scale){s.lo - margin, s.hi + margin, s.log};
 }
 
-static char *series_name(const Row *r, bool grid) {
-    if (grid) return print("%d", r->turns > 0 ? r->turns : 1);
+// Whether a view has a row for a series. Among other methods, looped parallel is shown with one R.
+// In the grid, plain parallel is R = 1.
+static bool in_view(const Row *r, int view, int turns, int least) {
+    bool loop = r->turns > 0;
+    if (r->start < 0) return false;             // no intervention
+    if (view == LOOPS) return loop || (least > 1 && !strcmp(r->method, "parallel"));
+    bool middle = interventions[r->rank - 1].range == MIDDLE;
+    return middle == (view == STARTS) && (!loop || r->turns == turns);
+}
+
+static char *series_name(const Row *r, int view) {
+    if (view == LOOPS) return print("%d", r->turns > 0 ? r->turns : 1);
     if (r->turns > 0) return print("%s, R = %d", r->method, r->turns);
     return print(r->merged > 1 ? "%s, seeds: %lld" : "%s", r->method, (long long)r->merged);
 }
 
-// The figure of a view; without rows if there is nothing to see.
+// The figure of a view of a panel's points; without rows if there is nothing to see.
 static Figure make_figure(const Row *panel, int64_t n, int view) {
-    Figure g = {.view = view, .panel = panel};
-    Row *p = allocate(n, sizeof *p, "points of a figure");
-    bool grid = view == LOOPS, seen = false;
-    int first = INT_MAX, last = 0, row = 0;
-    n = select_points(p, panel, n, view);
-    for (const Row *r = p; r < p + n; r++) {
-        seen |= isfinite(r->value);
-        first = r->start < first ? r->start : first;
-        last = r->start > last ? r->start : last;
+    bool grid = view == LOOPS;
+    int T = panel->layers, row = 0, turns = 0, least = 0, most = 0;
+    Figure g = {.view = view, .panel = panel, .cols = view == LAYERS ? T : T / 2,
+                .level = {panel->rank ? NAN : panel->value, panel->first ? panel->chance : NAN},
+                .x_label = views[view].x_label, .y_label = grid ? "turns R" : metric_label(panel)};
+    for (const Row *r = panel; r < panel + n; r++) {
+        if (r->turns < 0) continue;
+        if (!least) least = r->turns;
+        if (turns != 3) turns = r->turns;       // of R = 3, as in the paper, or else the largest
+        most = r->turns;
     }
-    if (!seen) return g;
-    for (int64_t i = 0; i < n; i += span(p + i, n - i, BY_SERIES)) g.rows++;
-    g.cols = last - first + 1;
+    if (grid && least == most) return g;
+    for (int64_t i = 0; i < n; i += span(panel + i, n - i, BY_SERIES)) {
+        g.rows += in_view(panel + i, view, turns, least);
+    }
     g.cell = allocate(g.rows * g.cols, sizeof *g.cell, "values of a figure");
     g.row_name = allocate(g.rows, sizeof *g.row_name, "names");
     g.col_name = allocate(g.cols, sizeof *g.col_name, "names");
-    for (int64_t i = 0, k; i < n; i += k, row++) {
-        const Row *r = p + i;
-        int at = grid ? g.rows - 1 - row : row;
-        Row *cell = g.cell + at * g.cols;
+    for (int col = 0; col < g.cols; col++) {
+        g.col_name[col] = print("%d", grid ? 2 * col + 1 + T % 2 : col);
+    }
+    for (int64_t i = 0, k; i < n; i += k) {
+        const Row *r = panel + i;
         k = span(r, n - i, BY_SERIES);
+        if (!in_view(r, view, turns, least)) continue;
+        int at = grid ? g.rows - 1 - row++ : row++;
+        Row *cell = g.cell + at * g.cols;
         for (int col = 0; col < g.cols; col++) {
             cell[col] = *r;
             cell[col].value = cell[col].error = NAN;
         }
-        for (int j = 0; j < k; j++) cell[grid ? last - r[j].start : r[j].start - first] = r[j];
-        g.row_name[at] = series_name(r, grid);
+        for (int j = 0; j < k; j++) cell[grid ? g.cols - 1 - r[j].start : r[j].start] = r[j];
+        g.row_name[at] = series_name(r, view);
     }
-    for (int col = 0; col < g.cols; col++) {
-        g.col_name[col] = print("%d", grid ? panel->layers - 2 * (last - col) - 1 : first + col);
-    }
-    g.level[0] = panel->rank ? NAN : panel->value;
-    g.level[1] = panel->first ? panel->chance : NAN;
     g.scale = figure_scale(&g);
     g.title = print("%s: %s%s%s", panel->task, metric_label(panel), grid ? " of looped parallel" : "",
                     lower_is_better(panel) ? " (lower is better)" : "");
     g.subtitle = print("%s; %lld %s; %s", model_label(panel), (long long)panel->n,
                        is_summary(panel) ? "tasks" : "items", views[view].note);
-    g.x_label = views[view].x_label;
-    g.y_label = grid ? "turns R" : metric_label(panel);
     return g;
 }
 
@@ -4669,7 +4651,7 @@ static const int stops[STOPS][3] = {
 // One cell: its colour, its value if that fits, framed if it is the best of its column.
 static void svg_cell(Text *t, const Figure *g, int row, int col, double size) {
     double v = g->cell[row * g->cols + col].value, x = LEFT + size * col, y = TOP + size * row;
-    double part = (STOPS - 1) * place(&g->scale, v), sign = 1;
+    double part = (STOPS - 1) * place(&g->scale, v);
     int stop = part < STOPS - 2 ? (int)part : STOPS - 2, rgb[3];
     bool best = g->view == LOOPS;
     if (!isfinite(v)) return;
@@ -4678,16 +4660,15 @@ static void svg_cell(Text *t, const Figure *g, int row, int col, double size) {
         rgb[c] = (int)(lo + (part - stop) * (hi - lo) + 0.5);
     }
     const char *ink = 0.3 * rgb[0] + 0.59 * rgb[1] + 0.11 * rgb[2] < 128 ? "#ffffff" : "#000000";
-    text_printf(t, "<rect x='%g' y='%g' width='%g' height='%g' fill='rgb(%d,%d,%d)' "
-                "shape-rendering='crispEdges' data-row='%d' data-col='%d' data-value='%.17g'/>\n",
-                x, y, size, size, rgb[0], rgb[1], rgb[2], row, col, v);
-    if (best && lower_is_better(g->panel)) sign = -1;
-    for (int i = col; i < g->rows * g->cols; i += g->cols) {
-        best &= !(sign * g->cell[i].value > sign * v);
+    for (int i = col; best && i < g->rows * g->cols; i += g->cols) {
+        double other = g->cell[i].value;
+        best = !(lower_is_better(g->panel) ? other < v : other > v);
     }
-    if (best) text_printf(t, "<rect x='%g' y='%g' width='%g' height='%g' fill='none' stroke='%s' "
-                          "stroke-width='3' data-best='1'/>\n", x + 2, y + 2, size - 4, size - 4,
-                          ink);
+    double frame = best ? 3 : 0, side = size - frame;
+    text_printf(t, "<rect x='%g' y='%g' width='%g' height='%g' fill='rgb(%d,%d,%d)' stroke='%s' "
+                "stroke-width='%g' shape-rendering='crispEdges' data-row='%d' data-col='%d' "
+                "data-value='%.17g'%s/>\n", x + frame / 2, y + frame / 2, side, side, rgb[0], rgb[1],
+                rgb[2], ink, frame, row, col, v, best ? " data-best='1'" : "");
     char *number = print("%.*f", fabs(v) < 10 ? 2 : fabs(v) < 100 ? 1 : 0, v);
     if (7.5 * (double)strlen(number) > size - 2) return;
     svg_text(t, x + size / 2, y + size / 2 + 4, print("%s fill='%s'", MIDDLE_TEXT, ink), number);
@@ -4747,26 +4728,31 @@ static void write_svg(const char *path, const Figure *g) {
 // ------------------------------------------------------------------------------------------------
 
 typedef struct {
-    Row *rows;                  // sorted, and behind them the summary
+    Row *rows, *summary;        // sorted; of the summary, seeds are one row
     int64_t n, n_summary, n_figures;
     Figure *figures;            // of all metrics of all tasks, and of the summary of several tasks
 } Report;
 
-static Report make_report(const Row *rows, int64_t n) {
-    Report report = {.rows = allocate(2 * n + 1, sizeof *rows, "result rows"), .n = n};
-    int64_t capacity = 0;
-    if (n) memcpy(report.rows, rows, (size_t)n * sizeof *rows);
-    qsort(report.rows, (size_t)n, sizeof *rows, by_all_keys);
-    report.n_summary = make_summary(report.rows + n, report.rows, n);
-    if (report.n_summary && report.rows[n].n > 1) n += report.n_summary;
-    for (int64_t i = 0, k; i < n; i += k) {
-        k = span(report.rows + i, n - i, BY_PANEL);
+// Prepares a report. Sorts the rows.
+static Report make_report(Row *rows, int64_t n) {
+    Row *points = allocate(2 * n + 1, sizeof *points, "points of figures");
+    int64_t capacity = 0, n_points;
+    if (n) {
+        qsort(rows, (size_t)n, sizeof *rows, by_all_keys);
+        memcpy(points, rows, (size_t)n * sizeof *rows);
+    }
+    n_points = merge_rows(points, n, BY_POINT, false);
+    Report report = {.rows = rows, .n = n, .summary = points + n_points};
+    report.n_summary = make_summary(report.summary, rows, n);
+    if (report.n_summary && report.summary->n > 1) n_points += report.n_summary;
+    for (int64_t i = 0, k; i < n_points; i += k) {
+        k = span(points + i, n_points - i, BY_PANEL);
         for (int view = STARTS; view <= LOOPS; view++) {
-            Figure g = make_figure(report.rows + i, k, view);
+            Figure g = make_figure(points + i, k, view);
+            int64_t at = report.n_figures;
             if (!g.rows) continue;
-            int64_t at = report.n_figures++;
             report.figures = grow(report.figures, &capacity, at + 1, sizeof g, "figures");
-            report.figures[at] = g;
+            report.figures[report.n_figures++] = g;
         }
     }
     return report;
@@ -4774,7 +4760,7 @@ static Report make_report(const Row *rows, int64_t n) {
 
 // The summary of every schedule: of random the mean over seeds, with their standard deviation.
 static void report_summary(FILE *f, const Report *report) {
-    print_rows(f, report->rows + report->n, report->n_summary);
+    print_rows(f, report->summary, report->n_summary);
     if (report->n && !report->n_summary) {
         fprintf(f, "# No summary: no task with a baseline above chance.\n\n");
     }
