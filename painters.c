@@ -4290,7 +4290,7 @@ static int64_t make_summary(Row *out, const Row *rows, int64_t n) {
         const Row *task = rows + i;
         bool llama = is_llama(task);
         double range = task->value - task->chance;
-        int64_t m = span(task, n - i, BY_PANEL);   // a task's rows are [metrics][m schedules]
+        int64_t m = span(task, n - i, BY_PANEL);    // a task's rows are [metrics][m schedules]
         k = span(task, n - i, BY_TASK);
         if (lower_is_better(task) || (llama && (task->rank || !(range > 0)))) continue;
         n_tasks++;
@@ -4327,7 +4327,7 @@ static int64_t make_summary(Row *out, const Row *rows, int64_t n) {
 
 // A new string; a very long one is cut.
 __attribute__((format(printf, 1, 2)))
-static char *print(const char *format, ...) {
+static char *text_of(const char *format, ...) {
     char s[8000];               // more than a path can have
     va_list args;
     va_start(args, format);
@@ -4339,8 +4339,8 @@ static char *print(const char *format, ...) {
 // "Llama, 32 layers, no-bos"
 static char *model_label(const Row *r) {
     bool bos = strcmp(r->bos, "-");
-    return print("%s, %d layers%s%s", is_llama(r) ? "Llama" : "BERT", r->layers, bos ? ", " : "",
-                 bos ? r->bos : "");
+    return text_of("%s, %d layers%s%s", is_llama(r) ? "Llama" : "BERT", r->layers,
+                   bos ? ", " : "", bos ? r->bos : "");
 }
 
 static const char *metric_label(const Row *r) {
@@ -4367,8 +4367,8 @@ static void print_rows(FILE *f, const Row *rows, int64_t n) {
     }
     fprintf(f, "# %s", model_label(rows));
     if (summary) fprintf(f, ": %s; tasks: %lld", metric_label(rows), (long long)rows->n);
-    fprintf(f, "\n%-*s  %-*s  method    S/k  seed/R      value     error  %6s   cut     BOS  path\n",
-            task_width, "task", metric_width, "metric", summary ? "seeds" : "items");
+    fprintf(f, "\n%-*s  %-*s  method    S/k  seed/R      value     error   %s   cut     BOS  "
+            "path\n", task_width, "task", metric_width, "metric", summary ? "seeds" : "items");
     for (const Row *r = rows; r < rows + n; r++) {
         int pad = task_width - (int)count_codepoints(r->task);
         fprintf(f, "%s%*s  %-*s  %-8s", r->task, pad, "", metric_width, r->metric, r->method);
@@ -4454,9 +4454,9 @@ static bool in_view(const Row *r, int view, int turns, int least) {
 }
 
 static char *series_name(const Row *r, int view) {
-    if (view == LOOPS) return print("%d", r->turns > 0 ? r->turns : 1);
-    if (r->turns > 0) return print("%s, R = %d", r->method, r->turns);
-    return print(r->merged > 1 ? "%s, seeds: %lld" : "%s", r->method, (long long)r->merged);
+    if (view == LOOPS) return text_of("%d", r->turns > 0 ? r->turns : 1);
+    if (r->turns > 0) return text_of("%s, R = %d", r->method, r->turns);
+    return text_of(r->merged > 1 ? "%s, seeds: %lld" : "%s", r->method, (long long)r->merged);
 }
 
 // The figure of a view of a panel's points; without rows if there is nothing to see.
@@ -4480,7 +4480,7 @@ static Figure make_figure(const Row *panel, int64_t n, int view) {
     g.row_name = allocate(g.rows, sizeof *g.row_name, "names");
     g.col_name = allocate(g.cols, sizeof *g.col_name, "names");
     for (int col = 0; col < g.cols; col++) {
-        g.col_name[col] = print("%d", grid ? 2 * col + 1 + T % 2 : col);
+        g.col_name[col] = text_of("%d", grid ? 2 * col + 1 + T % 2 : col);
     }
     for (int64_t i = 0, k; i < n; i += k) {
         const Row *r = panel + i;
@@ -4496,10 +4496,11 @@ static Figure make_figure(const Row *panel, int64_t n, int view) {
         g.row_name[at] = series_name(r, view);
     }
     g.scale = figure_scale(&g);
-    g.title = print("%s: %s%s%s", panel->task, metric_label(panel), grid ? " of looped parallel" : "",
-                    lower_is_better(panel) ? " (lower is better)" : "");
-    g.subtitle = print("%s; %lld %s; %s", model_label(panel), (long long)panel->n,
-                       is_summary(panel) ? "tasks" : "items", views[view].note);
+    g.title = text_of("%s: %s%s%s", panel->task, metric_label(panel),
+                      grid ? " of looped parallel" : "",
+                      lower_is_better(panel) ? " (lower is better)" : "");
+    g.subtitle = text_of("%s; %lld %s; %s", model_label(panel), (long long)panel->n,
+                         is_summary(panel) ? "tasks" : "items", views[view].note);
     return g;
 }
 
@@ -4570,11 +4571,12 @@ static void svg_axis(Text *t, const Scale *s, double bottom, double x, double x0
     step *= least <= step ? 1 : least <= 2 * step ? 2 : least <= 5 * step ? 5 : 10;
     if (s->log) step = fmax(step, 1);
     int decimals = step < 1 ? (int)ceil(-log10(step) - 1e-9) : 0;
-    for (double k = ceil(s->lo / step) + 0.0; k * step <= s->hi; k++) {     // + 0.0: no "-0"
-        double y = bottom - (bottom - TOP) * (k * step - s->lo) / (s->hi - s->lo);
+    double first = ceil(s->lo / step) + 0.0;    // + 0.0: no "-0"
+    for (int i = 0; i < 999 && (first + i) * step <= s->hi; i++) {
+        double v = (first + i) * step, y = bottom - (bottom - TOP) * (v - s->lo) / (s->hi - s->lo);
         text_printf(t, "<path d='M%g %gH%g' stroke='#dddddd'/>\n", x0, y, x1);
-        svg_text(t, x, y + 4, x < x0 ? END_TEXT : "", s->log ? print("%.10g", pow(10, k * step)) :
-                 print("%.*f", decimals, k * step));
+        svg_text(t, x, y + 4, x < x0 ? END_TEXT : "",
+                 s->log ? text_of("%.10g", pow(10, v)) : text_of("%.*f", decimals, v));
     }
 }
 
@@ -4584,8 +4586,8 @@ static void svg_marker(Text *t, const Look *look, double x, double y, double siz
 }
 
 static void svg_legend(Text *t, const Look *look, double y, const char *name) {
-    text_printf(t, "<line x1='%d' y1='%g' x2='%d' y2='%g' " STROKE "/>\n", RIGHT + 20, y, RIGHT + 56,
-                y, look->colour, look->dash);
+    text_printf(t, "<line x1='%d' y1='%g' x2='%d' y2='%g' " STROKE "/>\n", RIGHT + 20, y,
+                RIGHT + 56, y, look->colour, look->dash);
     svg_marker(t, look, RIGHT + 38, y, 1);
     text_printf(t, "/>\n");
     svg_text(t, RIGHT + 64, y + 4, "", name);
@@ -4632,7 +4634,7 @@ static void svg_lines(Text *t, const Figure *g, double dx) {
         if (!isfinite(v)) continue;
         text_printf(t, "<line x1='%d' y1='%g' x2='%d' y2='%g' data-line='%s' data-value='%.17g' "
                     STROKE "/>\n", LEFT, y, RIGHT, y, name, v, looks[i].colour, looks[i].dash);
-        svg_legend(t, &looks[i], legend += 24, print("%s %.4g", name, v));
+        svg_legend(t, &looks[i], legend += 24, text_of("%s %.4g", name, v));
     }
     for (int row = 0; row < g->rows; row++) {
         const Look *look = &looks[2 + (g->cell[row * g->cols].rank - 1) % (N_LOOKS - 2)];
@@ -4667,11 +4669,11 @@ static void svg_cell(Text *t, const Figure *g, int row, int col, double size) {
     double frame = best ? 3 : 0, side = size - frame;
     text_printf(t, "<rect x='%g' y='%g' width='%g' height='%g' fill='rgb(%d,%d,%d)' stroke='%s' "
                 "stroke-width='%g' shape-rendering='crispEdges' data-row='%d' data-col='%d' "
-                "data-value='%.17g'%s/>\n", x + frame / 2, y + frame / 2, side, side, rgb[0], rgb[1],
-                rgb[2], ink, frame, row, col, v, best ? " data-best='1'" : "");
-    char *number = print("%.*f", fabs(v) < 10 ? 2 : fabs(v) < 100 ? 1 : 0, v);
+                "data-value='%.17g'%s/>\n", x + frame / 2, y + frame / 2, side, side, rgb[0],
+                rgb[1], rgb[2], ink, frame, row, col, v, best ? " data-best='1'" : "");
+    char *number = text_of("%.*f", fabs(v) < 10 ? 2 : fabs(v) < 100 ? 1 : 0, v);
     if (7.5 * (double)strlen(number) > size - 2) return;
-    svg_text(t, x + size / 2, y + size / 2 + 4, print("%s fill='%s'", MIDDLE_TEXT, ink), number);
+    svg_text(t, x + size / 2, y + size / 2 + 4, text_of("%s fill='%s'", MIDDLE_TEXT, ink), number);
 }
 
 // A heat map with names of its rows, and what its colours mean.
@@ -4789,14 +4791,15 @@ static void report_figures(const char *where, const Report *report) {
     }
     for (const Figure *g = report->figures; g < report->figures + n; g++) {
         const Row *r = g->panel;
-        char *name = print("%s%d%s-%s%s%s%s.svg", r->family, r->layers,
-                           strcmp(r->bos, "bos") ? "" : "-bos", r->task, is_summary(r) ? "" : "-",
-                           is_summary(r) ? "" : r->metric, views[g->view].file);
+        char *name = text_of("%s%d%s-%s%s%s%s.svg", r->family, r->layers,
+                             strcmp(r->bos, "bos") ? "" : "-bos", r->task,
+                             is_summary(r) ? "" : "-", is_summary(r) ? "" : r->metric,
+                             views[g->view].file);
         for (char *p = name; *p; p++) {
             bool letter = (*p | 32) >= 'a' && (*p | 32) <= 'z';
             if (!letter && !strchr("._-0123456789", *p)) *p = '_';
         }
-        write_svg(folder ? print("%s/%s", where, name) : where, g);
+        write_svg(folder ? text_of("%s/%s", where, name) : where, g);
     }
 }
 
@@ -5174,22 +5177,24 @@ static void cosine(Session *s, const Schedule *schedule) {
         progress("cosine", i + 1, t->n_requests, started);
     }
     double lowest = 1;
-    Row *cell = allocate(n * (int64_t)n, sizeof *cell, "similarities");
     for (int i = 0; i < n; i++) printf("\t%s", name[i]);
     for (int i = 0; i < n; i++) {
         printf("\n%s", name[i]);
         for (int j = 0; j < n; j++) {
-            double mean = sum[i * (int64_t)n + j] / (double)done;
-            cell[i * (int64_t)n + j].value = mean;
-            lowest = mean < lowest ? mean : lowest;
-            printf("\t%.6f", mean);
+            double *mean = &sum[i * (int64_t)n + j];
+            *mean /= (double)done;
+            lowest = *mean < lowest ? *mean : lowest;
+            printf("\t%.6f", *mean);
         }
     }
     putchar('\n');
     if (options.svg) {
+        Row *cell = allocate(n * (int64_t)n, sizeof *cell, "cells of a figure");
+        for (int64_t i = 0; i < n * (int64_t)n; i++) cell[i].value = sum[i];
         Figure g = {.view = MATRIX, .rows = n, .cols = n, .row_name = name, .col_name = name,
-                    .title = "Cosine similarity of hidden states", .subtitle = "", .cell = cell,
-                    .x_label = "state after", .y_label = "state after", .scale = {lowest, 1, false}};
+                    .title = "Cosine similarity of hidden states", .subtitle = "",
+                    .x_label = "state after", .y_label = "state after",
+                    .cell = cell, .scale = {lowest, 1, false}};
         write_svg(options.svg, &g);
     }
 }
