@@ -4286,31 +4286,28 @@ static bool lower_is_better(const Row *r) {
 // do not count. rows: n sorted rows. Returns how many rows it made, at most n.
 static int64_t make_summary(Row *out, const Row *rows, int64_t n) {
     int64_t n_out = 0, n_tasks = 0, kept = 0;
-    for (int64_t i = 0, k; i < n; i += k) {
-        const Row *task = rows + i;
-        bool llama = is_llama(task);
+    bool llama = n && is_llama(rows);
+    const Row *task = rows;                     // the first of its rows: the baseline, if that ran
+    for (const Row *r = rows; r < rows + n; r++) {
+        if (strcmp(r->task, task->task)) task = r;
         double range = task->value - task->chance;
-        int64_t m = span(task, n - i, BY_PANEL);    // a task's rows are [metrics][m schedules]
-        k = span(task, n - i, BY_TASK);
-        if (lower_is_better(task) || (llama && (task->rank || !(range > 0)))) continue;
-        n_tasks++;
-        for (const Row *r = task; r < task + m; r++) {
-            Row *score = &out[n_out++];
-            double sum = 0, n_metrics = 0;
-            for (const Row *same = r; same < task + k; same += m) {
-                if (lower_is_better(same)) continue;
-                sum += same->value;
-                n_metrics++;
-            }
-            *score = *r;
-            score->task = "summary";
-            score->metric = llama ? MEDIAN : MEAN;
-            score->value = llama ? (r->value - r->chance) / range : sum / n_metrics;
-            score->chance = llama ? 0 : r->chance;
-        }
+        if (lower_is_better(task) || lower_is_better(r)) continue;
+        if (llama && (task->rank || !(range > 0) || !r->first)) continue;
+        n_tasks += r == task;
+        out[n_out] = *r;
+        out[n_out].first = true;
+        out[n_out].metric = llama ? MEDIAN : MEAN;
+        out[n_out].value = llama ? (r->value - r->chance) / range : r->value;
+        out[n_out++].chance = llama ? 0 : r->chance;
     }
     qsort(out, (size_t)n_out, sizeof *out, by_all_keys);
-    n_out = merge_rows(out, n_out, BY_SCHEDULE, n && is_llama(rows));
+    n_out = merge_rows(out, n_out, BY_SCHEDULE, false);         // the metrics of a task
+    for (Row *r = out; r < out + n_out; r++) {
+        r->task = "summary";
+        r->merged = 1;
+    }
+    qsort(out, (size_t)n_out, sizeof *out, by_all_keys);
+    n_out = merge_rows(out, n_out, BY_SCHEDULE, llama);         // the tasks of a schedule
     for (const Row *r = out; r < out + n_out; r++) {
         if (r->merged < n_tasks) continue;
         out[kept] = *r;
