@@ -4381,7 +4381,7 @@ static void print_rows(FILE *f, const Row *rows, int64_t n) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// Figures: prepared, then printed as a chart or drawn as SVG
+// Figures: prepared, then printed as charts or drawn as SVG
 // ------------------------------------------------------------------------------------------------
 
 typedef struct {                // a range of values
@@ -4722,10 +4722,6 @@ static void write_svg(const char *path, const Figure *g) {
     close_written(f, path);
 }
 
-// ------------------------------------------------------------------------------------------------
-// Reports
-// ------------------------------------------------------------------------------------------------
-
 typedef struct {
     Row *rows, *summary;        // sorted; of the summary, seeds are one row
     int64_t n, n_summary, n_figures;
@@ -4929,7 +4925,7 @@ static Row schedule_row(const Schedule *s, const char *text) {
     const Intervention *v = intervention_named(s->method, strlen(s->method));
     const char *flag = v && v->argument_flag ? v->argument_flag : "";
     return (Row){.method = s->method, .start = (int)s->start, .schedule = text,
-                 .rank = v ? 1 + (int)(v - interventions) : strcmp(s->method, "path") ? 0 : INT_MAX,
+                 .rank = v ? 1 + (int)(v - interventions) : strcmp(s->method, "baseline") ? INT_MAX : 0,
                  .turns = strcmp(flag, "times") ? -1 : (int)s->argument,
                  .seed = strcmp(flag, "seed") ? NAN : (double)s->argument,
                  .layers = s->n_layers, .merged = 1};
