@@ -4922,13 +4922,15 @@ static void check_task(const Task *t, const Model *m, bool probe) {
 
 // The row of a schedule, still without a result.
 static Row schedule_row(const Schedule *s, const char *text) {
+    Row r = {.method = s->method, .start = (int)s->start, .schedule = text, .turns = -1,
+             .seed = NAN, .layers = s->n_layers, .merged = 1};
     const Intervention *v = intervention_named(s->method, strlen(s->method));
-    const char *flag = v && v->argument_flag ? v->argument_flag : "";
-    return (Row){.method = s->method, .start = (int)s->start, .schedule = text,
-                 .rank = v ? 1 + (int)(v - interventions) : strcmp(s->method, "baseline") ? INT_MAX : 0,
-                 .turns = strcmp(flag, "times") ? -1 : (int)s->argument,
-                 .seed = strcmp(flag, "seed") ? NAN : (double)s->argument,
-                 .layers = s->n_layers, .merged = 1};
+    if (v) r.rank = 1 + (int)(v - interventions);
+    else if (strcmp(s->method, "baseline")) r.rank = INT_MAX;
+    if (!v || !v->argument_flag) return r;
+    if (!strcmp(v->argument_flag, "seed")) r.seed = (double)s->argument;
+    else r.turns = (int)s->argument;
+    return r;
 }
 
 // What the store holds, as a report.
