@@ -3595,12 +3595,15 @@ static Task *task_load(const char *path) {
 typedef struct {             // one metric of one task under one schedule, ready to print or draw
     const char *task, *metric;
     const char *method;      // "baseline", a name from `interventions`, or "path"
+    int rank;                // of methods: 0 the baseline, then as in `interventions`, then paths
     int start;               // S, or the layer of drop and swap; -1 for baseline and path
-    int64_t arg;             // seed of random, R of loop; -1 otherwise
+    int turns;               // R of loop; -1 otherwise
+    double seed;             // of random; NaN otherwise
     const char *schedule;    // as --show prints it
     int layers;              // T
     double value, error;     // error: standard error; NaN when there is none
-    int64_t n, cut;          // items; items that did not fit the context
+    int64_t n, cut;          // items (of the summary: tasks); items that did not fit the context
+    int64_t merged;          // seeds that it is the mean of
     double chance;           // of the task's first metric; NaN unknown
     bool first;              // is this the task's first (summary) metric
     const char *bos;         // "bos", "no-bos", "-" (BERT)
@@ -4224,187 +4227,131 @@ static void run_requests(Evaluation *e) {
 // ------------------------------------------------------------------------------------------------
 
 // All rows of a report are of one model and one BOS setting. They are sorted by the keys below, so
-// that a panel (one metric of one task), a series (one line of a figure) and a point are spans of
-// neighbours. The summary becomes rows of a panel of its own: what draws a task also draws it.
-#define PANEL "t1m"             // task, first metric or not, metric
-#define SERIES "MR"             // method, R
-#define POINT SERIES "Sp"       // start, path
-#define SCHEDULE POINT "k"      // seed
+// that a task, a panel (one metric of it), a series (one line of a figure), a point (of random all
+// seeds) and a schedule are spans of neighbours, which agree in this many keys.
+enum { BY_TASK = 1, BY_PANEL = 3, BY_SERIES = 5, BY_POINT = 7, BY_SCHEDULE = 8, ALL_KEYS = 10 };
 
-static const char MEAN[] = "mean", MEDIAN[] = "median";    // metrics of the summary, made here
-
-static const Intervention *row_method(const Row *r) {
-    return intervention_named(r->method, strlen(r->method));
+static int compare_rows(const Row *a, const Row *b, int n_keys) {
+    const int key[ALL_KEYS] = {
+        strcmp(a->task, b->task), b->first - a->first, strcmp(a->metric, b->metric),
+        a->rank - b->rank, a->turns - b->turns, a->start - b->start,
+        a->start < 0 ? strcmp(a->schedule, b->schedule) : 0,
+        (a->seed > b->seed) - (a->seed < b->seed),
+        !isnan(a->value) - !isnan(b->value), (a->value > b->value) - (a->value < b->value),
+    };
+    int i = 0;
+    while (i < n_keys - 1 && !key[i]) i++;
+    return key[i];
 }
 
-// The order of tables and legends: the baseline, the methods as in `interventions`, then paths.
-static int method_rank(const Row *r) {
-    const Intervention *v = row_method(r);
-    return v ? 1 + (int)(v - interventions) : strcmp(r->method, "baseline") ? 1000 : 0;
+static int by_all_keys(const void *a, const void *b) {
+    return compare_rows(a, b, ALL_KEYS);
 }
 
-// Whether a row's second number is that of this flag.
-static bool takes(const Row *r, const char *flag) {
-    const Intervention *v = row_method(r);
-    return v && v->argument_flag && !strcmp(v->argument_flag, flag);
-}
-
-static int compare_rows(const Row *a, const Row *b, const char *keys) {
-    int c = 0;
-    for (; *keys && !c; keys++) {
-        switch (*keys) {
-        case 't': c = strcmp(a->task, b->task); break;
-        case '1': c = b->first - a->first; break;
-        case 'm': c = strcmp(a->metric, b->metric); break;
-        case 'M': c = method_rank(a) - method_rank(b); break;
-        case 'R': c = takes(a, "seed") ? 0 : (a->arg > b->arg) - (a->arg < b->arg); break;
-        case 'S': c = a->start - b->start; break;
-        case 'p': c = a->start < 0 ? strcmp(a->schedule, b->schedule) : 0; break;
-        case 'k': c = (a->arg > b->arg) - (a->arg < b->arg); break;
-        case 'v': c = (a->value > b->value) - (a->value < b->value); break;
-        }
-    }
-    return c;
-}
-
-static const char *sort_keys;   // qsort has no way to hand it on
-
-static int compare_by_keys(const void *a, const void *b) {
-    return compare_rows(a, b, sort_keys);
-}
-
-static void sort_rows(Row *rows, int64_t n, const char *keys) {
-    sort_keys = keys;
-    qsort(rows, (size_t)n, sizeof *rows, compare_by_keys);
-}
-
-// How many of the first rows have equal keys.
-static int64_t span(const Row *rows, int64_t n, const char *keys) {
+// How many of the first rows agree in so many keys.
+static int64_t span(const Row *rows, int64_t n, int n_keys) {
     int64_t k = 0;
-    while (k < n && !compare_rows(rows, rows + k, keys)) k++;
+    while (k < n && !compare_rows(rows, rows + k, n_keys)) k++;
     return k;
 }
 
-// Sorts rows and makes one of those with equal keys: their mean or median, the standard deviation
-// of several as error, their number as n. Returns how many rows are left.
-static int64_t merge_rows(Row *rows, int64_t n, const char *keys, bool median) {
+// Makes one of sorted rows that agree in so many keys: their mean or median, the standard deviation
+// of several as error. Returns how many rows are left.
+static int64_t merge_rows(Row *rows, int64_t n, int n_keys, bool median) {
     int64_t kept = 0;
-    sort_rows(rows, n, keys);
     for (int64_t i = 0, k; i < n; i += k) {
         Row r = rows[i];
-        double sum = 0, chance = 0, squares = 0;
-        k = span(rows + i, n - i, keys);
-        for (int64_t j = i; j < i + k; j++) {
-            sum += rows[j].value;
-            chance += rows[j].chance;
+        double squares = 0;
+        k = span(rows + i, n - i, n_keys);
+        for (int64_t j = i + 1; j < i + k; j++) {
+            r.value += rows[j].value;
+            r.chance += rows[j].chance;
         }
-        r.value = sum / (double)k;
-        r.chance = chance / (double)k;
-        r.n = k;
+        r.value /= (double)k;
+        r.chance /= (double)k;
         for (int64_t j = i; j < i + k; j++) squares += pow(rows[j].value - r.value, 2);
-        if (k > 1) r.error = sqrt(squares / (double)(k - 1));
-        if (median && !isnan(sum)) {
-            sort_rows(rows + i, k, "v");
-            r.value = (rows[i + (k - 1) / 2].value + rows[i + k / 2].value) / 2;
+        if (median) r.value = (rows[i + (k - 1) / 2].value + rows[i + k / 2].value) / 2;
+        if (k > 1) {
+            r.error = sqrt(squares / (double)(k - 1));
+            r.merged = k;
         }
         rows[kept++] = r;
     }
     return kept;
 }
 
-static bool is_llama(const Row *r) {
-    return !strcmp(r->family, "llama");
-}
+static const char MEAN[] = "mean", MEDIAN[] = "median";    // metrics of the summary, made here
 
 static bool is_summary(const Row *r) {
     return r->metric == MEAN || r->metric == MEDIAN;
+}
+
+static bool is_llama(const Row *r) {
+    return !strcmp(r->family, "llama");
 }
 
 static bool lower_is_better(const Row *r) {
     return strstr(r->metric, "perplexity") != NULL;
 }
 
-// The summary: the median or mean of the tasks' scores, for schedules that have them all. A score
-// is, for Llama, (score - chance) / (full - chance) of the first metric, if the baseline is above
-// chance; for BERT, the mean of the task's metrics. Perplexities do not count. rows: n sorted rows.
-// Returns how many rows it made, at most n; their `cut` is the number of tasks.
+// The summary, as rows of one more task: the median or mean of the tasks' scores, for schedules
+// that have them all. A score is, for Llama, (score - chance) / (full - chance) of the first
+// metric, if the baseline is above chance; for BERT, the mean of the task's metrics. Perplexities
+// do not count. rows: n sorted rows. Returns how many rows it made, at most n.
 static int64_t make_summary(Row *out, const Row *rows, int64_t n) {
     int64_t n_out = 0, n_tasks = 0, kept = 0;
-    for (int64_t i = 0, k; i < n; i += k) {
-        const Row *task = rows + i;
-        double range = is_llama(task) ? task->value - task->chance : 1;
-        k = span(task, n - i, "t");
-        if (!task->first || lower_is_better(task)) continue;
-        if (is_llama(task) && (method_rank(task) || !(range > 0))) continue;
-        n_tasks++;
-        for (const Row *r = task; r < task + k; r++) {
-            if (lower_is_better(r) || (is_llama(r) && !r->first)) continue;
-            out[n_out] = *r;
-            if (is_llama(r)) out[n_out].value = (r->value - r->chance) / range;
-            n_out++;
-        }
+    bool llama = n && is_llama(rows);
+    const Row *task = rows;                     // the first of its rows: the baseline, if that ran
+    for (const Row *r = rows; r < rows + n; r++) {
+        if (strcmp(r->task, task->task)) task = r;
+        double range = task->value - task->chance;
+        if (lower_is_better(task) || lower_is_better(r)) continue;
+        if (llama && (task->rank || !(range > 0) || !r->first)) continue;
+        n_tasks += r == task;
+        out[n_out] = *r;
+        out[n_out].first = true;
+        out[n_out].metric = llama ? MEDIAN : MEAN;
+        out[n_out].value = llama ? (r->value - r->chance) / range : r->value;
+        out[n_out++].chance = llama ? 0 : r->chance;
     }
-    n_out = merge_rows(out, n_out, "t" SCHEDULE, false);
+    qsort(out, (size_t)n_out, sizeof *out, by_all_keys);
+    n_out = merge_rows(out, n_out, BY_SCHEDULE, false);         // the metrics of a task
     for (Row *r = out; r < out + n_out; r++) {
         r->task = "summary";
-        r->metric = is_llama(r) ? MEDIAN : MEAN;
-        r->first = true;
-        if (is_llama(r)) r->chance = 0;
+        r->merged = 1;
     }
-    n_out = merge_rows(out, n_out, SCHEDULE, n && is_llama(rows));
+    qsort(out, (size_t)n_out, sizeof *out, by_all_keys);
+    n_out = merge_rows(out, n_out, BY_SCHEDULE, llama);         // the tasks of a schedule
     for (const Row *r = out; r < out + n_out; r++) {
-        if (r->n < n_tasks) continue;
+        if (r->merged < n_tasks) continue;
         out[kept] = *r;
         out[kept].error = NAN;                  // the deviation over tasks is no error
-        out[kept++].cut = n_tasks;
+        out[kept].merged = 1;
+        out[kept++].n = n_tasks;
     }
-    return kept;
-}
-
-// A sorted copy of the rows, with the summary behind them.
-static Row *sorted_rows(const Row *rows, int64_t n, int64_t *n_summary) {
-    Row *all = allocate(2 * n + 1, sizeof *all, "result rows");
-    if (n) memcpy(all, rows, (size_t)n * sizeof *all);
-    sort_rows(all, n, PANEL SCHEDULE);
-    *n_summary = make_summary(all + n, all, n);
-    return all;
+    return merge_rows(out, kept, BY_POINT, false);
 }
 
 // ------------------------------------------------------------------------------------------------
-// Tables and charts
+// Tables
 // ------------------------------------------------------------------------------------------------
 
-// Prints lines of tab-separated cells as columns two spaces apart, the first `left` of them flush
-// left, the last one as it is. All lines have as many cells as the first.
-static void print_columns(FILE *f, const char *text, int left) {
-    int width[MAX_TASKS + 16] = {0};
-    for (int pass = 0; pass < 2; pass++) {
-        int column = 0;
-        for (const char *p = text; *p; p++) {
-            int bytes = (int)strcspn(p, "\t\n"), wide = 0;
-            for (int i = 0; i < bytes; i++) wide += (p[i] & 0xC0) != 0x80;
-            bool last = p[bytes] == '\n';
-            int pad = last ? 0 : width[column] - wide;
-            if (pass) {
-                fprintf(f, "%*s%.*s", column < left ? 0 : pad, "", bytes, p);
-                fprintf(f, "%*s%s", column < left ? pad : 0, "", last ? "\n" : "  ");
-            } else if (wide > width[column]) width[column] = wide;
-            column = last ? 0 : column + 1;
-            p += bytes;
-        }
-    }
+// A new string; a very long one is cut.
+__attribute__((format(printf, 1, 2)))
+static char *text_of(const char *format, ...) {
+    char s[8000];               // more than a path can have
+    va_list args;
+    va_start(args, format);
+    vsnprintf(s, sizeof s, format, args);
+    va_end(args);
+    return copy_string(s);
 }
 
-// A cell with a number; NaN is "-".
-static void add_number(Text *t, const char *format, double v) {
-    char number[40] = "-";
-    if (!isnan(v)) snprintf(number, sizeof number, format, v);
-    text_printf(t, "\t%s", number);
-}
-
-static void add_model(Text *t, const Row *r) {
-    text_printf(t, "%s, %d layers%s%s", is_llama(r) ? "Llama" : "BERT", r->layers,
-                strcmp(r->bos, "-") ? ", " : "", strcmp(r->bos, "-") ? r->bos : "");
+// "Llama, 32 layers, no-bos"
+static char *model_label(const Row *r) {
+    bool bos = strcmp(r->bos, "-");
+    return text_of("%s, %d layers%s%s", is_llama(r) ? "Llama" : "BERT", r->layers,
+                   bos ? ", " : "", bos ? r->bos : "");
 }
 
 static const char *metric_label(const Row *r) {
@@ -4412,52 +4359,48 @@ static const char *metric_label(const Row *r) {
          : r->metric == MEAN ? "mean of the scores" : r->metric;
 }
 
+// A cell with a number; NaN is "-".
+static void print_number(FILE *f, int width, const char *format, double v) {
+    char number[40] = "-";
+    if (!isnan(v)) snprintf(number, sizeof number, format, v);
+    fprintf(f, "  %*s", width, number);
+}
+
 // Prints rows in aligned columns, under a line that begins with "#". Cells hold no blanks, so that
 // awk and sort find them; only paths, at the end, do.
 static void print_rows(FILE *f, const Row *rows, int64_t n) {
+    int task_width = 4, metric_width = 6;
     if (!n) return;
     bool summary = is_summary(rows);
-    Text t = {0};
-    add_model(&t, rows);
-    if (summary) text_printf(&t, ": %s; tasks: %lld", metric_label(rows), (long long)rows->cut);
-    fprintf(f, "# %s\n", t.s);
-    t.n = 0;
-    text_printf(&t, "task\tmetric\tmethod\tS/k\tseed/R\tvalue\terror\t%s\tcut\tBOS\tpath\n",
-                summary ? "seeds" : "items");
     for (const Row *r = rows; r < rows + n; r++) {
-        bool argument = takes(r, "times") || (takes(r, "seed") && !summary);
-        text_printf(&t, "%s\t%s\t%s", r->task, r->metric, r->method);
-        add_number(&t, "%.0f", r->start < 0 ? NAN : r->start);
-        add_number(&t, "%.0f", argument ? (double)r->arg : NAN);
-        add_number(&t, fabs(r->value) < 1e4 ? "%.4f" : "%.5g", r->value);
-        add_number(&t, fabs(r->error) < 1e4 ? "%.4f" : "%.5g", r->error);
-        add_number(&t, "%.0f", (double)r->n);
-        add_number(&t, "%.0f", summary ? NAN : (double)r->cut);
-        text_printf(&t, "\t%s\t%s\n", r->bos, strcmp(r->method, "path") ? "-" : r->schedule);
+        task_width = (int)fmax(task_width, (double)count_codepoints(r->task));
+        metric_width = (int)fmax(metric_width, (double)strlen(r->metric));
     }
-    print_columns(f, t.s, 3);
+    fprintf(f, "# %s", model_label(rows));
+    if (summary) fprintf(f, ": %s; tasks: %lld", metric_label(rows), (long long)rows->n);
+    fprintf(f, "\n%-*s  %-*s  method    S/k  seed/R      value     error   %s   cut     BOS  "
+            "path\n", task_width, "task", metric_width, "metric", summary ? "seeds" : "items");
+    for (const Row *r = rows; r < rows + n; r++) {
+        int pad = task_width - (int)count_codepoints(r->task);
+        fprintf(f, "%s%*s  %-*s  %-8s", r->task, pad, "", metric_width, r->metric, r->method);
+        print_number(f, 3, "%.0f", r->start < 0 ? NAN : r->start);
+        print_number(f, 6, "%.0f", r->turns > 0 ? r->turns : summary ? NAN : r->seed);
+        print_number(f, 9, fabs(r->value) < 1e4 ? "%.4f" : "%.5g", r->value);
+        print_number(f, 8, fabs(r->error) < 1e4 ? "%.4f" : "%.5g", r->error);
+        print_number(f, 6, "%.0f", (double)(summary ? r->merged : r->n));
+        print_number(f, 4, "%.0f", summary ? NAN : (double)r->cut);
+        fprintf(f, "  %6s  %s\n", r->bos, strcmp(r->method, "path") ? "-" : r->schedule);
+    }
     fputc('\n', f);
 }
 
-// Every row.
-static void report_table(FILE *f, const Row *rows, int64_t n) {
-    int64_t n_summary;
-    Row *all = sorted_rows(rows, n, &n_summary);
-    print_rows(f, all, n);
-}
+// ------------------------------------------------------------------------------------------------
+// Figures: prepared, then printed as charts or drawn as SVG
+// ------------------------------------------------------------------------------------------------
 
-// The summary of every schedule: of random the mean over seeds, with their standard deviation.
-static void report_summary(FILE *f, const Row *rows, int64_t n) {
-    int64_t n_summary;
-    Row *all = sorted_rows(rows, n, &n_summary);
-    print_rows(f, all + n, merge_rows(all + n, n_summary, POINT, false));
-    if (n && !n_summary) fprintf(f, "# No summary: no task with a baseline above chance.\n\n");
-}
-
-// A range of values laid on a range of places: pixels, levels of a bar, parts of a colour ramp.
-typedef struct {
-    double lo, hi, from, to;
-    bool log;
+typedef struct {                // a range of values
+    double lo, hi;
+    bool log;                   // lo and hi are log10 of values
 } Scale;
 
 static void include(Scale *s, double v) {
@@ -4466,135 +4409,160 @@ static void include(Scale *s, double v) {
     s->hi = fmax(s->hi, v);
 }
 
-// The place of a value; values beyond the range stay on its border.
+// Where a value lies in the range, 0 to 1; values beyond it stay on its border.
 static double place(const Scale *s, double v) {
-    double part = (v - s->lo) / (s->hi - s->lo);
-    if (s->log) part = v > 0 ? log(v / s->lo) / log(s->hi / s->lo) : 0;
-    return s->from + (s->to - s->from) * fmin(fmax(part, 0), 1);
+    double x = s->log ? log10(v) : v;
+    return fmin(fmax((x - s->lo) / (s->hi - s->lo), 0), 1);
 }
 
-// A panel's points on one axis, sorted by series, with the ranges of places and values.
+// What there is to see of a panel: lines of values against S or against k, and the grid of looped
+// parallel, R turns upwards, as a heat map. A matrix is a heat map that is of no panel.
+enum { STARTS, LAYERS, LOOPS, MATRIX };
+static const struct { const char *file, *x_label, *note; } views[] = {
+    {"", "start layer S (layers S+1 to T−S−1 are changed)",
+     "bars: standard error or deviation over seeds"},
+    {"-layers", "layer k", "bars: standard error"},
+    {"-loops", "layers in parallel, T − 2S − 1", "framed: the best R of each column"},
+};
+
 typedef struct {
-    Row *point;                 // NULL: there is nothing to draw
-    int64_t n;
-    double line[2];             // baseline and chance; NaN: unknown
-    Scale x, y;                 // y: logarithmic for perplexities over more than two decades
-} Plot;
+    int view, rows, cols;
+    const char *title, *subtitle, *x_label, *y_label;
+    char **row_name, **col_name;
+    Row *cell;                  // [rows][cols], the first row on top; a value of NaN: missing
+    Scale scale;                // of the values
+    const Row *panel;
+    double level[2];            // baseline and chance; NaN: unknown
+} Figure;
 
-// The points of starts S (range MIDDLE) or of layers k (ONE). Of looped parallel all R or, with
-// `one_loop`, R = 3, as the paper has it, and if that was not run the largest.
-static Plot plot_panel(const Row *panel, int64_t n, int range, bool one_loop) {
-    Row *p = allocate(n + 1, sizeof *p, "points of a figure");
-    Scale none = {INFINITY, -INFINITY, 0, 1, false};
-    Plot plot = {.point = p, .x = none, .y = none};
-    int64_t turns = 0;
-    plot.line[0] = method_rank(panel) ? NAN : panel->value;
-    plot.line[1] = panel->first ? panel->chance : NAN;
-    for (const Row *r = panel; r < panel + n; r++) {
-        if (takes(r, "times") && turns != 3 && (r->arg > turns || r->arg == 3)) turns = r->arg;
+// The range of a figure's values, logarithmic for perplexities over more than two decades; that of
+// lines has room for baseline, chance and error bars.
+static Scale figure_scale(const Figure *g) {
+    Scale s = {INFINITY, -INFINITY, false};
+    const Row *end = g->cell + g->rows * g->cols;
+    for (const Row *r = g->cell; r < end; r++) include(&s, r->value);
+    for (int i = 0; i < 2 && g->view != LOOPS; i++) include(&s, g->level[i]);
+    if (lower_is_better(g->panel) && s.lo > 0 && s.hi > 100 * s.lo) {
+        s = (Scale){log10(s.lo), log10(s.hi), true};
     }
-    for (const Row *r = panel; r < panel + n; r++) {
-        const Intervention *v = row_method(r);
-        bool other_loop = one_loop && takes(r, "times") && r->arg != turns;
-        if (v && (v->range == MIDDLE) == (range == MIDDLE) && !other_loop) p[plot.n++] = *r;
+    if (g->view == LOOPS) return s;
+    for (const Row *r = g->cell; r < end && !s.log; r++) {
+        include(&s, r->value - r->error);
+        include(&s, r->value + r->error);
     }
-    plot.n = merge_rows(p, plot.n, POINT, false);
-    for (int64_t i = 0; i < plot.n; i++) {
-        include(&plot.x, p[i].start);
-        include(&plot.y, p[i].value);
-    }
-    if (plot.y.hi < plot.y.lo) return (Plot){0};
-    include(&plot.y, plot.line[0]);
-    include(&plot.y, plot.line[1]);
-    plot.y.log = lower_is_better(panel) && plot.y.lo > 0 && plot.y.hi / plot.y.lo > 100;
-    for (int64_t i = 0; i < plot.n && !plot.y.log; i++) {
-        include(&plot.y, p[i].value - p[i].error);
-        include(&plot.y, p[i].value + p[i].error);
-    }
-    double pad = plot.y.hi > plot.y.lo ? 0.04 * (plot.y.hi - plot.y.lo) : 0.05;
-    double factor = pow(plot.y.hi / plot.y.lo, 0.04);
-    plot.y.lo = plot.y.log ? plot.y.lo / factor : plot.y.lo - pad;
-    plot.y.hi = plot.y.log ? plot.y.hi * factor : plot.y.hi + pad;
-    return plot;
+    double margin = s.hi > s.lo ? 0.04 * (s.hi - s.lo) : 0.05;
+    return (Scale){s.lo - margin, s.hi + margin, s.log};
 }
 
-// What a line is called: "skip", "random, seeds: 10", "loop, R = 3".
-static void series_name(char *out, size_t size, const Row *p, int64_t n) {
-    int64_t seeds = 0;
-    for (int64_t i = 0; i < n; i++) seeds = p[i].n > seeds ? p[i].n : seeds;
-    bool loop = takes(p, "times"), random = takes(p, "seed");
-    snprintf(out, size, loop ? "%s, R = %lld" : random ? "%s, seeds: %lld" : "%s", p->method,
-             (long long)(loop ? p->arg : seeds));
+// Whether a view has a row for a series. Among other methods, looped parallel is shown with one R.
+// In the grid, plain parallel is R = 1.
+static bool in_view(const Row *r, int view, int turns, int least) {
+    bool loop = r->turns > 0;
+    if (r->start < 0) return false;             // no intervention
+    if (view == LOOPS) return loop || (least > 1 && !strcmp(r->method, "parallel"));
+    bool middle = interventions[r->rank - 1].range == MIDDLE;
+    return middle == (view == STARTS) && (!loop || r->turns == turns);
 }
 
-// A chart of a panel: a line for each series, for each place a bar in eighths of the line.
-static void chart_panel(FILE *f, const Row *panel, int64_t n, int range) {
-    static const char *const bar[] = {" ", "▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"};
-    Plot plot = plot_panel(panel, n, range, false);
-    if (!plot.point) return;
-    Scale level = {plot.y.lo, plot.y.hi, 1, 8, plot.y.log};
-    int first = (int)plot.x.lo, last = (int)plot.x.hi, step = (last - first) / 36 + 1;
-    fprintf(f, "%s: %s\n  %s = %d to %d, height %.4g to %.4g%s, baseline %.4g, chance %.4g\n",
-            panel->task, metric_label(panel), range == MIDDLE ? "start S" : "layer k", first, last,
-            plot.y.lo, plot.y.hi, plot.y.log ? " (log)" : "", plot.line[0], plot.line[1]);
-    for (int64_t i = 0, k; i < plot.n; i += k) {
-        const Row *p = plot.point + i;
-        Scale seen = {INFINITY, -INFINITY, 0, 1, false};
-        char name[40];
-        k = span(p, plot.n - i, SERIES);
-        series_name(name, sizeof name, p, k);
-        fprintf(f, "  %-18.18s", name);
-        for (int x = first; x <= last; x += step) {
-            const char *block = bar[0];
-            for (int64_t j = 0; j < k; j++) {
-                include(&seen, p[j].value);
-                if (p[j].start != x || !isfinite(p[j].value)) continue;
-                block = bar[(int)(place(&level, p[j].value) + 0.5)];
-            }
-            fprintf(f, (last - first) / step < 18 ? "%s%s" : "%s", block, block);
+static char *series_name(const Row *r, int view) {
+    if (view == LOOPS) return text_of("%d", r->turns > 0 ? r->turns : 1);
+    if (r->turns > 0) return text_of("%s, R = %d", r->method, r->turns);
+    return text_of(r->merged > 1 ? "%s, seeds: %lld" : "%s", r->method, (long long)r->merged);
+}
+
+// The figure of a view of a panel's points; without rows if there is nothing to see.
+static Figure make_figure(const Row *panel, int64_t n, int view) {
+    bool grid = view == LOOPS;
+    int T = panel->layers, row = 0, turns = 0, least = 0, most = 0;
+    Figure g = {.view = view, .panel = panel, .cols = view == LAYERS ? T : T / 2,
+                .level = {panel->rank ? NAN : panel->value, panel->first ? panel->chance : NAN},
+                .x_label = views[view].x_label, .y_label = grid ? "turns R" : metric_label(panel)};
+    for (const Row *r = panel; r < panel + n; r++) {
+        if (r->turns < 0) continue;
+        if (!least) least = r->turns;
+        if (turns != 3) turns = r->turns;       // of R = 3, as in the paper, or else the largest
+        most = r->turns;
+    }
+    if (grid && least == most) return g;
+    for (int64_t i = 0; i < n; i += span(panel + i, n - i, BY_SERIES)) {
+        g.rows += in_view(panel + i, view, turns, least);
+    }
+    g.cell = allocate(g.rows * g.cols, sizeof *g.cell, "values of a figure");
+    g.row_name = allocate(g.rows, sizeof *g.row_name, "names");
+    g.col_name = allocate(g.cols, sizeof *g.col_name, "names");
+    for (int col = 0; col < g.cols; col++) {
+        g.col_name[col] = text_of("%d", grid ? 2 * col + 1 + T % 2 : col);
+    }
+    for (int64_t i = 0, k; i < n; i += k) {
+        const Row *r = panel + i;
+        k = span(r, n - i, BY_SERIES);
+        if (!in_view(r, view, turns, least)) continue;
+        int at = grid ? g.rows - 1 - row++ : row++;
+        Row *cell = g.cell + at * g.cols;
+        for (int col = 0; col < g.cols; col++) {
+            cell[col] = *r;
+            cell[col].value = cell[col].error = NAN;
+        }
+        for (int j = 0; j < k; j++) cell[grid ? g.cols - 1 - r[j].start : r[j].start] = r[j];
+        g.row_name[at] = series_name(r, view);
+    }
+    g.scale = figure_scale(&g);
+    g.title = text_of("%s: %s%s%s", panel->task, metric_label(panel),
+                      grid ? " of looped parallel" : "",
+                      lower_is_better(panel) ? " (lower is better)" : "");
+    g.subtitle = text_of("%s; %lld %s; %s", model_label(panel), (long long)panel->n,
+                         is_summary(panel) ? "tasks" : "items", views[view].note);
+    return g;
+}
+
+// A chart: a line for each row, for each value a bar in eighths of the line. At most 80 columns.
+static void print_chart(FILE *f, const Figure *g) {
+    static const char *const bar[] = {"▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"};
+    const Scale *s = &g->scale;
+    fprintf(f, "%s\n  across: %s, %s to %s\n  up: %.4g to %.4g%s, baseline %.4g, chance %.4g\n",
+            g->title, g->x_label, g->col_name[0], g->col_name[g->cols - 1],
+            s->log ? pow(10, s->lo) : s->lo, s->log ? pow(10, s->hi) : s->hi,
+            s->log ? " (log)" : "", g->level[0], g->level[1]);
+    for (int row = 0; row < g->rows; row++) {
+        const Row *cell = g->cell + row * g->cols;
+        Scale seen = {INFINITY, -INFINITY, false};
+        fprintf(f, "  %-18.18s", g->row_name[row]);
+        for (int i = 0; i < g->cols; i++) include(&seen, cell[i].value);
+        for (int i = 0; i < g->cols; i += (g->cols - 1) / 36 + 1) {
+            double v = cell[i].value;
+            fputs(isfinite(v) ? bar[(int)(7 * place(s, v) + 0.5)] : " ", f);
         }
         fprintf(f, "  %.4g to %.4g\n", seen.lo, seen.hi);
     }
     fputc('\n', f);
 }
 
-// Every task's first metric, and the summary of several, in at most 80 columns of UTF-8.
-static void report_chart(FILE *f, const Row *rows, int64_t n) {
-    int64_t n_summary;
-    Row *all = sorted_rows(rows, n, &n_summary);
-    if (n_summary && all[n].cut > 1) n += n_summary;    // of several tasks
-    for (int64_t i = 0, k; i < n; i += k) {
-        k = span(all + i, n - i, PANEL);
-        if (!all[i].first) continue;
-        chart_panel(f, all + i, k, MIDDLE);
-        chart_panel(f, all + i, k, ONE);
-    }
-}
+// How the lines of a plot look: baseline, chance, then methods in the order of `interventions`;
+// those beyond begin anew with the third. The colours are those of Okabe and Ito, which the
+// colour-blind tell apart; dashes and markers tell lines apart in grey print. A marker is an SVG
+// path around (0, 0).
+typedef struct {
+    const char *colour, *dash, *marker;
+} Look;
 
-// ------------------------------------------------------------------------------------------------
-// Figures
-// ------------------------------------------------------------------------------------------------
-
-// How the lines of a plot look, in the order of `interventions`; methods beyond begin anew. The
-// colours are those of Okabe and Ito, which the colour-blind tell apart; dashes and markers tell
-// lines apart in grey print. A marker is an SVG path around (0, 0).
-static const struct { const char *colour, *dash, *marker; } looks[] = {
+static const Look looks[] = {
+    {"#000000", "10 4", ""},
+    {"#555555", "2 4", ""},
     {"#0072B2", "none", "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z"},
     {"#D55E00", "8 3", "M-4 -4h8v8h-8z"},
     {"#009E73", "2 2.5", "M0 -5L5 4H-5z"},
     {"#CC79A7", "9 3 2 3", "M0 -6L5.5 0L0 6L-5.5 0z"},
     {"#E69F00", "15 3", "M0 5.5L5.5 -3.5H-5.5z"},
     {"#56B4E9", "4 3", "M-2 -5.5h4v3.5h3.5v4h-3.5v3.5h-4v-3.5h-3.5v-4h3.5z"},
-    {"#0072B2", "none", "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z"},
-    {"#D55E00", "8 3", "M-4 -4h8v8h-8z"},
-    {"#666666", "3 3", "M-5 -4L0 -1L5 -4V4L0 1L-5 4z"},
 };
-enum { N_LOOKS = sizeof looks / sizeof *looks, LEFT = 92, TOP = 66, WIDTH = 540, HEIGHT = 330 };
+enum { N_LOOKS = sizeof looks / sizeof *looks };
+enum { LEFT = 92, TOP = 66, RIGHT = LEFT + 540, BOTTOM = TOP + 330 };   // of lines on their page
+#define STROKE "fill='none' stroke='%s' stroke-width='2' stroke-dasharray='%s'"
 static const char MIDDLE_TEXT[] = "text-anchor='middle'", END_TEXT[] = "text-anchor='end'";
 
 // Adds a text; `style`: further attributes. What XML does not allow becomes "?".
 static void svg_text(Text *t, double x, double y, const char *style, const char *s) {
-    text_printf(t, "<text x='%.2f' y='%.2f' %s>", x, y, style);
+    text_printf(t, "<text x='%g' y='%g' %s>", x, y, style);
     for (uint32_t code; *s;) {
         int length = utf8_read(s, (int64_t)strlen(s), &code);
         bool odd = code < ' ' || code == 0x7F || (code >= 0xFFFD && code <= 0xFFFF);
@@ -4606,323 +4574,242 @@ static void svg_text(Text *t, double x, double y, const char *style, const char 
     text_printf(t, "</text>\n");
 }
 
-static void svg_line(Text *t, double x1, double y1, double x2, double y2, const char *style) {
-    text_printf(t, "<line x1='%.2f' y1='%.2f' x2='%.2f' y2='%.2f' %s/>\n", x1, y1, x2, y2, style);
-}
-
-static void svg_box(Text *t, double x, double y, double width, double height, const char *style) {
-    text_printf(t, "<rect x='%.2f' y='%.2f' width='%.2f' height='%.2f' %s/>\n", x, y, width, height,
-                style);
-}
-
-// A white page at least as wide as its title, and the names of the axes of a box on it.
-static void svg_open(Text *t, double width, double right, double bottom, const char *title,
-                     const char *subtitle, const char *x_label, const char *y_label) {
-    char turned[80];
-    width = fmax(width, 40 + fmax(10.5 * (double)count_codepoints(title),
-                                  7.5 * (double)count_codepoints(subtitle)));
-    text_printf(t, "<svg xmlns='http://www.w3.org/2000/svg' role='img' width='%.0f' height='%.0f' "
-                "font-family='Helvetica, Arial, DejaVu Sans, sans-serif' font-size='12'>\n"
-                "<rect width='100%%' height='100%%' fill='#ffffff'/>\n", width, bottom + 60);
-    svg_text(t, 20, 28, "font-size='16' font-weight='bold'", title);
-    svg_text(t, 20, 47, "fill='#444444'", subtitle);
-    svg_text(t, (LEFT + right) / 2, bottom + 44, MIDDLE_TEXT, x_label);
-    snprintf(turned, sizeof turned, "%s transform='rotate(-90 24 %.1f)'", MIDDLE_TEXT,
-             (TOP + bottom) / 2);
-    svg_text(t, 24, (TOP + bottom) / 2, turned, y_label);
-    svg_box(t, LEFT, TOP, right - LEFT, bottom - TOP, "fill='none' stroke='#333333'");
-}
-
-// Writes about n round values, multiples of 1, 2 or 5 times a power of ten or, on a logarithmic
-// scale, powers of ten, at x = `at` beside a vertical scale or at y = `at` below a horizontal one.
-// Vertical: with lines from x0 to x1.
-static void svg_axis(Text *t, const Scale *s, int n, bool vertical, double at, double x0,
-                     double x1) {
-    double lo = s->log ? log10(s->lo) : s->lo, hi = s->log ? log10(s->hi) : s->hi;
-    double least = (hi - lo) / n, step = pow(10, floor(log10(least)));
+// A scale from `bottom` up to TOP: a text at x for every few of round values, multiples of 1, 2 or
+// 5 times a power of ten or, where it is logarithmic, powers of ten, and lines from x0 to x1.
+static void svg_axis(Text *t, const Scale *s, double bottom, double x, double x0, double x1) {
+    double least = (s->hi - s->lo) / fmax(2, (bottom - TOP) / 40);
+    double step = pow(10, floor(log10(least)));
     step *= least <= step ? 1 : least <= 2 * step ? 2 : least <= 5 * step ? 5 : 10;
-    if (!vertical || s->log) step = fmax(step, 1);
-    for (double k = ceil(lo / step); k * step <= hi; k++) {
-        char label[40];
-        double v = s->log ? pow(10, k * step) : k == 0 ? 0 : k * step, here = place(s, v);
-        int decimals = step < 1 ? (int)ceil(-log10(step) - 1e-9) : 0;
-        snprintf(label, sizeof label, s->log ? "%.*g" : "%.*f", s->log ? 10 : decimals, v);
-        if (vertical) svg_line(t, x0, here, x1, here, "stroke='#dddddd'");
-        if (vertical) svg_text(t, at, here + 4, at < x0 ? END_TEXT : "", label);
-        else svg_text(t, here, at, MIDDLE_TEXT, label);
+    if (s->log) step = fmax(step, 1);
+    int decimals = step < 1 ? (int)ceil(-log10(step) - 1e-9) : 0;
+    double first = ceil(s->lo / step) + 0.0;    // + 0.0: no "-0"
+    for (int i = 0; i < 999 && (first + i) * step <= s->hi; i++) {
+        double v = (first + i) * step, y = bottom - (bottom - TOP) * (v - s->lo) / (s->hi - s->lo);
+        text_printf(t, "<path d='M%g %gH%g' stroke='#dddddd'/>\n", x0, y, x1);
+        svg_text(t, x, y + 4, x < x0 ? END_TEXT : "",
+                 s->log ? text_of("%.10g", pow(10, v)) : text_of("%.*f", decimals, v));
     }
 }
 
-static void svg_marker(Text *t, int look, double x, double y, double size) {
-    text_printf(t, "<path d='%s' transform='translate(%.2f %.2f) scale(%.2f)' fill='%s' "
-                "stroke='#ffffff' stroke-width='0.8'", looks[look].marker, x, y, size,
-                looks[look].colour);
+static void svg_marker(Text *t, const Look *look, double x, double y, double size) {
+    text_printf(t, "<path d='%s' transform='translate(%.2f %.2f) scale(%g)' fill='%s' "
+                "stroke='#ffffff' stroke-width='0.8'", look->marker, x, y, size, look->colour);
 }
 
-// One series and its entry in the legend: error bars, a line that is broken where a value is
-// missing, markers that hold the exact values. `shift` keeps the bars of several series apart.
-static void svg_series(Text *t, const Plot *plot, const Row *p, int64_t n, double shift,
-                       double size, double legend) {
-    int look = (method_rank(p) - 1) % N_LOOKS;
-    bool begun = false;
-    char name[80], style[120];
-    Text line = {0}, bars = {0}, markers = {0};
-    for (int64_t i = 0; i < n; i++) {
-        const Row *r = p + i;
-        double x = place(&plot->x, r->start) + shift, y = place(&plot->y, r->value);
-        double lo = place(&plot->y, r->value - r->error), hi = place(&plot->y, r->value + r->error);
+static void svg_legend(Text *t, const Look *look, double y, const char *name) {
+    text_printf(t, "<line x1='%d' y1='%g' x2='%d' y2='%g' " STROKE "/>\n", RIGHT + 20, y,
+                RIGHT + 56, y, look->colour, look->dash);
+    svg_marker(t, look, RIGHT + 38, y, 1);
+    text_printf(t, "/>\n");
+    svg_text(t, RIGHT + 64, y + 4, "", name);
+}
+
+static double height(const Figure *g, double value) {
+    return BOTTOM - (BOTTOM - TOP) * place(&g->scale, value);
+}
+
+// A row of values as a line that is broken where one is missing, with error bars, and with markers
+// that hold the exact values. x: of the first value; dx: from one to the next.
+static void svg_line(Text *t, const Figure *g, int row, const Look *look, double x, double dx) {
+    const char *step = "M";
+    Text points = {0};
+    text_printf(t, "<path " STROKE " d='", look->colour, look->dash);
+    for (int col = 0; col < g->cols; col++, x += dx) {
+        const Row *r = &g->cell[row * g->cols + col];
         bool there = isfinite(r->value);
-        if (there) text_printf(&line, "%s%.2f %.2f", begun ? "L" : "M", x, y);
-        begun = there;
+        double y = height(g, r->value);
+        if (there) text_printf(t, "%s%.2f %.2f", step, x, y);
+        step = there ? "L" : "M";
         if (!there) continue;
         if (isfinite(r->error)) {
-            text_printf(&bars, "M%.2f %.2fh%.2fM%.2f %.2fV%.2fM%.2f %.2fh%.2f", x - 3 * size, lo,
-                        6 * size, x, lo, hi, x - 3 * size, hi, 6 * size);
+            text_printf(&points, "<path stroke='%s' d='M%.2f %.2fV%.2f'/>\n", look->colour, x,
+                        height(g, r->value - r->error), height(g, r->value + r->error));
         }
-        svg_marker(&markers, look, x, y, size);
-        text_printf(&markers, " data-method='%s' data-x='%d' data-arg='%lld' data-value='%.17g' "
-                    "data-error='%.17g'/>\n", r->method, r->start, (long long)r->arg, r->value,
+        svg_marker(&points, look, x, y, fmin(fmax(dx / 14, 0.55), 1));
+        text_printf(&points, " data-method='%s' data-x='%s' data-arg='%d' data-value='%.17g' "
+                    "data-error='%.17g'/>\n", r->method, g->col_name[col], r->turns, r->value,
                     r->error);
     }
-    snprintf(style, sizeof style, "fill='none' stroke='%s' stroke-width='2' stroke-dasharray='%s'",
-             looks[look].colour, looks[look].dash);
-    if (bars.n) text_printf(t, "<path fill='none' stroke='%s' d='%s'/>\n", looks[look].colour,
-                            bars.s);
-    if (line.n) text_printf(t, "<path %s d='%s'/>\n%s", style, line.s, markers.s);
-    series_name(name, sizeof name, p, n);
-    svg_line(t, plot->x.to + 20, legend, plot->x.to + 56, legend, style);
-    svg_marker(t, look, plot->x.to + 38, legend, 1);
-    text_printf(t, "/>\n");
-    svg_text(t, plot->x.to + 64, legend + 4, "", name);
+    text_printf(t, "'/>\n");
+    text_add(t, points.s, points.n);
 }
 
-// A panel's values against start S (range MIDDLE) or layer k (ONE); nothing if there are none.
-static void svg_plot(Text *t, const Row *panel, int64_t n, int range) {
-    static const char *const line_names[] = {"baseline", "chance"}, *const line_styles[] = {
-        "stroke='#000000' stroke-width='1.5' stroke-dasharray='10 4'",
-        "stroke='#555555' stroke-width='1.5' stroke-dasharray='2 4'"};
-    Plot plot = plot_panel(panel, n, range, true);
-    Text title = {0}, subtitle = {0};
-    double right = LEFT + WIDTH, bottom = TOP + HEIGHT, legend = TOP + 12, n_series = 0;
-    if (!plot.point) return;
-    plot.x = (Scale){plot.x.lo - 0.5, plot.x.hi + 0.5, LEFT, right, false};
-    plot.y = (Scale){plot.y.lo, plot.y.hi, bottom, TOP, plot.y.log};
-    text_printf(&title, "%s: %s%s", panel->task, metric_label(panel),
-                lower_is_better(panel) ? " (lower is better)" : "");
-    add_model(&subtitle, panel);
-    text_printf(&subtitle, "; %lld %s; bars: %s", is_summary(panel) ? (long long)panel->cut
-                : (long long)panel->n, is_summary(panel) ? "tasks" : "items",
-                is_summary(panel) ? "deviation over seeds"
-                : "standard error, of random the deviation over seeds");
-    svg_open(t, right + 205, right, bottom, title.s, subtitle.s, range != MIDDLE ? "layer k" :
-             "start layer S (layers S+1 to T−S−1 are changed)", metric_label(panel));
-    svg_axis(t, &plot.y, 8, true, LEFT - 8, LEFT, right);
-    svg_axis(t, &plot.x, 12, false, bottom + 20, 0, 0);
+// Lines of values, baseline and chance, with a legend. Lines stand a little aside from one another,
+// so that their error bars can be told apart.
+static void svg_lines(Text *t, const Figure *g, double dx) {
+    double legend = TOP - 12, gap = fmin(3.5, 0.55 * dx / g->rows);
+    svg_axis(t, &g->scale, BOTTOM, LEFT - 8, LEFT, RIGHT);
     for (int i = 0; i < 2; i++) {
-        char name[60], style[200];
-        double v = plot.line[i], y = place(&plot.y, v);
+        const char *name = i ? "chance" : "baseline";
+        double v = g->level[i], y = height(g, v);
         if (!isfinite(v)) continue;
-        snprintf(name, sizeof name, "%s %.4g", line_names[i], v);
-        snprintf(style, sizeof style, "%s data-line='%s' data-value='%.17g'", line_styles[i],
-                 line_names[i], v);
-        svg_line(t, LEFT, y, right, y, style);
-        svg_line(t, right + 20, legend, right + 56, legend, line_styles[i]);
-        svg_text(t, right + 64, legend + 4, "", name);
-        legend += 24;
+        text_printf(t, "<line x1='%d' y1='%g' x2='%d' y2='%g' data-line='%s' data-value='%.17g' "
+                    STROKE "/>\n", LEFT, y, RIGHT, y, name, v, looks[i].colour, looks[i].dash);
+        svg_legend(t, &looks[i], legend += 24, text_of("%s %.4g", name, v));
     }
-    for (int64_t i = 0; i < plot.n; n_series++) i += span(plot.point + i, plot.n - i, SERIES);
-    double spacing = WIDTH / (plot.x.hi - plot.x.lo), size = fmin(fmax(spacing / 14, 0.55), 1);
-    double gap = fmin(3.5, 0.55 * spacing / n_series), shift = -gap * (n_series - 1) / 2;
-    for (int64_t i = 0, k; i < plot.n; i += k, shift += gap, legend += 24) {
-        k = span(plot.point + i, plot.n - i, SERIES);
-        svg_series(t, &plot, plot.point + i, k, shift, size, legend);
+    for (int row = 0; row < g->rows; row++) {
+        const Look *look = &looks[2 + (g->cell[row * g->cols].rank - 1) % (N_LOOKS - 2)];
+        svg_line(t, g, row, look, LEFT + dx / 2 + gap * (row - (g->rows - 1) / 2.0), dx);
+        svg_legend(t, look, legend += 24, g->row_name[row]);
     }
-    text_printf(t, "</svg>\n");
 }
 
 // Dark blue to yellow, after matplotlib's viridis: lightness rises evenly, also for the
-// colour-blind and in grey print. `part` is 0 to 9.
-static void colour_at(double part, int rgb[3]) {
-    static const unsigned char stops[10][3] = {
-        {68, 1, 84}, {72, 40, 120}, {62, 74, 137}, {49, 104, 142}, {38, 130, 142},
-        {31, 158, 137}, {53, 183, 121}, {110, 206, 88}, {181, 222, 43}, {253, 231, 37},
-    };
-    int i = part < 8 ? (int)part : 8;
+// colour-blind and in grey print.
+enum { STOPS = 5 };
+static const int stops[STOPS][3] = {
+    {68, 1, 84}, {59, 82, 139}, {33, 145, 140}, {94, 201, 98}, {253, 231, 37},
+};
+
+// One cell: its colour, its value if that fits, framed if it is the best of its column.
+static void svg_cell(Text *t, const Figure *g, int row, int col, double size) {
+    double v = g->cell[row * g->cols + col].value, x = LEFT + size * col, y = TOP + size * row;
+    double part = (STOPS - 1) * place(&g->scale, v);
+    int stop = part < STOPS - 2 ? (int)part : STOPS - 2, rgb[3];
+    bool best = g->view == LOOPS;
+    if (!isfinite(v)) return;
     for (int c = 0; c < 3; c++) {
-        rgb[c] = (int)(stops[i][c] + (part - i) * (stops[i + 1][c] - stops[i][c]) + 0.5);
+        int lo = stops[stop][c], hi = stops[stop + 1][c];
+        rgb[c] = (int)(lo + (part - stop) * (hi - lo) + 0.5);
     }
+    const char *ink = 0.3 * rgb[0] + 0.59 * rgb[1] + 0.11 * rgb[2] < 128 ? "#ffffff" : "#000000";
+    for (int i = col; best && i < g->rows * g->cols; i += g->cols) {
+        double other = g->cell[i].value;
+        best = !(lower_is_better(g->panel) ? other < v : other > v);
+    }
+    double frame = best ? 3 : 0, side = size - frame;
+    text_printf(t, "<rect x='%g' y='%g' width='%g' height='%g' fill='rgb(%d,%d,%d)' stroke='%s' "
+                "stroke-width='%g' shape-rendering='crispEdges' data-row='%d' data-col='%d' "
+                "data-value='%.17g'%s/>\n", x + frame / 2, y + frame / 2, side, side, rgb[0],
+                rgb[1], rgb[2], ink, frame, row, col, v, best ? " data-best='1'" : "");
+    char *number = text_of("%.*f", fabs(v) < 10 ? 2 : fabs(v) < 100 ? 1 : 0, v);
+    if (7.5 * (double)strlen(number) > size - 2) return;
+    svg_text(t, x + size / 2, y + size / 2 + 4, text_of("%s fill='%s'", MIDDLE_TEXT, ink), number);
 }
 
-// One cell: its colour, its value if that fits, crossed out if it is NaN, framed if it is best.
-static void svg_cell(Text *t, const Scale *colour, double v, int row, int col, double size,
-                     bool best) {
-    double x = LEFT + size * col, y = TOP + size * row;
-    int rgb[3];
-    char number[24], style[160];
-    colour_at(isfinite(v) ? place(colour, v) : 0, rgb);
-    bool dark = 0.3 * rgb[0] + 0.59 * rgb[1] + 0.11 * rgb[2] < 128;
-    snprintf(style, sizeof style, "fill='rgb(%d,%d,%d)' shape-rendering='crispEdges' data-row='%d' "
-             "data-col='%d' data-value='%.17g'", rgb[0], rgb[1], rgb[2], row, col, v);
-    if (isfinite(v)) svg_box(t, x, y, size, size, style);
-    else svg_line(t, x, y + size, x + size, y, "stroke='#888888' data-value='nan'");
-    if (best) svg_box(t, x + 2, y + 2, size - 4, size - 4, dark ?
-                      "fill='none' stroke='#ffffff' stroke-width='3' data-best='1'" :
-                      "fill='none' stroke='#000000' stroke-width='3' data-best='1'");
-    snprintf(number, sizeof number, fabs(v) < 9.995 ? "%.2f" : fabs(v) < 1000 ? "%.3g" : "%.3gk",
-             fabs(v) < 5e-3 ? 0 : fabs(v) < 1000 ? v : v / 1000);
-    snprintf(style, sizeof style, "%s fill='%s'", MIDDLE_TEXT, dark ? "#ffffff" : "#000000");
-    bool fits = 7.5 * (double)strlen(number) < size - 2;
-    if (isfinite(v) && fits) svg_text(t, x + size / 2, y + size / 2 + 4, style, number);
+// A heat map with names of its rows, and what its colours mean.
+static void svg_cells(Text *t, const Figure *g, double size, double right, double bottom) {
+    for (int i = 0; i < g->rows * g->cols; i++) svg_cell(t, g, i / g->cols, i % g->cols, size);
+    for (int i = 0; i < g->rows; i += (int)ceil(15 / size)) {
+        svg_text(t, LEFT - 8, TOP + size * (i + 0.5) + 4, END_TEXT, g->row_name[i]);
+    }
+    text_printf(t, "<linearGradient id='ramp' x1='0' y1='1' x2='0' y2='0'>\n");
+    for (int i = 0; i < STOPS; i++) {
+        text_printf(t, "<stop offset='%g' stop-color='rgb(%d,%d,%d)'/>\n", i / (STOPS - 1.0),
+                    stops[i][0], stops[i][1], stops[i][2]);
+    }
+    text_printf(t, "</linearGradient>\n<rect x='%g' y='%d' width='20' height='%g' "
+                "fill='url(#ramp)'/>\n", right + 24, TOP, bottom - TOP);
+    svg_axis(t, &g->scale, bottom, right + 54, right + 44, right + 49);
 }
 
-// A matrix [rows][cols] as a picture, the first row on top. best: 1 or -1 frames the largest or the
-// smallest value of each column. colour: values to 0 ... 9.
-static void svg_heatmap(Text *t, const char *title, const char *subtitle, const double *cell,
-                        int rows, int cols, const char *x_label, const char *y_label,
-                        char **x_names, char **y_names, Scale colour, int best) {
-    double size = fmin(fmax(720.0 / (rows > cols ? rows : cols), 8), 46), wide = 1;
-    double right = LEFT + size * cols, bottom = TOP + size * rows;
-    svg_open(t, right + 130, right, bottom, title, subtitle, x_label, y_label);
-    for (int i = 0; i < rows * cols; i++) {
-        bool is_best = best && isfinite(cell[i]);
-        for (int j = i % cols; j < rows * cols; j += cols) {
-            if (best * cell[j] > best * cell[i]) is_best = false;
-        }
-        svg_cell(t, &colour, cell[i], i / cols, i % cols, size, is_best);
-    }
-    for (int i = 0; i < cols; i++) {
-        wide = fmax(wide, 7.5 * (double)count_codepoints(x_names[i]) + 6);
-    }
-    for (int i = 0; i < cols; i += (int)ceil(wide / size)) {
-        svg_text(t, LEFT + size * (i + 0.5), bottom + 20, MIDDLE_TEXT, x_names[i]);
-    }
-    for (int i = 0; i < rows; i += (int)ceil(15 / size)) {
-        svg_text(t, LEFT - 8, TOP + size * (i + 0.5) + 4, END_TEXT, y_names[i]);
-    }
-    Scale bar = {colour.lo, colour.hi, bottom, TOP, colour.log};
-    for (int i = 0, rgb[3]; i < 90; i++) {
-        char style[60];
-        colour_at(i / 10.0, rgb);
-        snprintf(style, sizeof style, "fill='rgb(%d,%d,%d)'", rgb[0], rgb[1], rgb[2]);
-        svg_box(t, right + 24, bottom - (i + 1) * (bottom - TOP) / 90, 20, (bottom - TOP) / 90 + 1,
-                style);
-    }
-    svg_axis(t, &bar, (int)fmax(2, (bottom - TOP) / 40), true, right + 54, right + 44, right + 49);
-    text_printf(t, "</svg>\n");
-}
-
-// The grid of looped parallel: R turns, upwards, against the number of layers in parallel, T-2S-1.
-// Plain parallel is R = 1. Nothing unless there is more than one R, all below 100.
-static void svg_loops(Text *t, const Row *panel, int64_t n) {
-    Scale turns = {INFINITY, -INFINITY, 0, 9, false}, start = turns, value = turns;
-    for (const Row *r = panel; r < panel + n; r++) {
-        if (!takes(r, "times")) continue;
-        include(&turns, (double)r->arg);
-        include(&start, r->start);
-        include(&value, r->value);
-    }
-    if (!(turns.lo < turns.hi && turns.hi < 100 && value.lo < value.hi)) return;
-    int rows = (int)turns.hi, cols = (int)(start.hi - start.lo) + 1;
-    double *cell = allocate(rows * cols, sizeof *cell, "loop grid");
-    char **names = allocate(rows + cols, sizeof *names, "loop grid");
-    for (int i = 0; i < rows * cols; i++) {
-        cell[i] = NAN;
-        for (const Row *r = panel; r < panel + n; r++) {
-            int64_t turn = takes(r, "times") ? r->arg : !strcmp(r->method, "parallel");
-            if (turn == rows - i / cols && r->start == start.hi - i % cols) cell[i] = r->value;
-        }
-        include(&value, cell[i]);
-    }
-    for (int i = 0; i < rows + cols; i++) {
-        Text name = {0};
-        int layers = panel->layers - 2 * ((int)start.hi - (i - rows)) - 1;
-        text_printf(&name, "%d", i < rows ? rows - i : layers);
-        names[i] = name.s;
-    }
-    bool lower = lower_is_better(panel);
-    Text title = {0}, subtitle = {0};
-    text_printf(&title, "%s: looped parallel", panel->task);
-    add_model(&subtitle, panel);
-    text_printf(&subtitle, "; %s%s; framed: the best R of each column", metric_label(panel),
-                lower ? " (lower is better)" : "");
-    value.log = lower && value.lo > 0 && value.hi / value.lo > 100;
-    svg_heatmap(t, title.s, subtitle.s, cell, rows, cols, "layers in parallel, T − 2S − 1",
-                "turns R", names + rows, names, value, lower ? -1 : 1);
-}
-
-// Writes a file under another name and then renames it, so that half of one never stands there.
-static void write_figure(const char *path, const Text *t) {
-    Text aside = {0};
-    text_printf(&aside, "%s.tmp", path);
-    FILE *f = open_written(aside.s, "wb");
-    fwrite(t->s, 1, (size_t)t->n, f);
-    close_written(f, aside.s);
-    if (rename(aside.s, path)) die("%s: cannot be written: %s; choose another place", path,
-                                   strerror(errno));
-}
-
-// A matrix [rows][cols] as an SVG file, its first row on top. lo and hi: the values of the darkest
-// and the lightest colour.
-static void heatmap_svg(const char *path, const char *title, const double *cell, int rows, int cols,
-                        const char *x_label, const char *y_label, char **x_names, char **y_names,
-                        double lo, double hi) {
+// A white page at least as wide as its title, with a box for lines or cells, and writes it.
+static void write_svg(const char *path, const Figure *g) {
+    bool heat = g->view >= LOOPS;
+    double size = fmin(fmax(720.0 / (g->rows > g->cols ? g->rows : g->cols), 8), 46), wide = 1;
+    double dx = heat ? size : (double)(RIGHT - LEFT) / g->cols, right = LEFT + dx * g->cols;
+    double bottom = heat ? TOP + size * g->rows : BOTTOM, middle = (TOP + bottom) / 2;
+    double title = 10.5 * (double)count_codepoints(g->title);
+    double subtitle = 7.5 * (double)count_codepoints(g->subtitle);
     Text t = {0};
-    svg_heatmap(&t, title, "", cell, rows, cols, x_label, y_label, x_names, y_names,
-                (Scale){lo, hi > lo ? hi : lo + 1, 0, 9, false}, 0);
-    write_figure(path, &t);
-}
-
-// The file of a figure: `where` itself or, in that folder, "llama12-bos-hellaswag-acc-loops.svg";
-// other characters than A-Z a-z 0-9 . - _ are made "_".
-static Text figure_path(const char *where, bool file, const Row *panel, const char *kind) {
-    Text t = {0};
-    text_printf(&t, "%s", where);
-    if (file) return t;
-    text_printf(&t, "/");
-    int64_t start = t.n;
-    text_printf(&t, "%s%d%s-%s%s%s%s.svg", panel->family, panel->layers,
-                strcmp(panel->bos, "bos") ? "" : "-bos", panel->task, is_summary(panel) ? "" : "-",
-                is_summary(panel) ? "" : panel->metric, kind);
-    for (char *p = t.s + start; *p; p++) {
-        bool letter = (*p | 32) >= 'a' && (*p | 32) <= 'z';
-        if (!letter && !strchr("._-0123456789", *p)) *p = '_';
+    text_printf(&t, "<svg xmlns='http://www.w3.org/2000/svg' role='img' width='%.0f' height='%.0f' "
+                "font-family='Helvetica, Arial, DejaVu Sans, sans-serif' font-size='12'>\n"
+                "<rect width='100%%' height='100%%' fill='#ffffff'/>\n"
+                "<rect x='%d' y='%d' width='%g' height='%g' fill='none' stroke='#333333'/>\n",
+                fmax(right + 205, 40 + fmax(title, subtitle)), bottom + 60, LEFT, TOP, right - LEFT,
+                bottom - TOP);
+    svg_text(&t, 20, 28, "font-size='16' font-weight='bold'", g->title);
+    svg_text(&t, 20, 47, "fill='#444444'", g->subtitle);
+    svg_text(&t, (LEFT + right) / 2, bottom + 44, MIDDLE_TEXT, g->x_label);
+    svg_text(&t, -middle, 24, "text-anchor='middle' transform='rotate(-90)'", g->y_label);
+    for (int i = 0; i < g->cols; i++) {
+        wide = fmax(wide, 7.5 * (double)count_codepoints(g->col_name[i]) + 6);
     }
-    return t;
+    for (int i = 0; i < g->cols; i += (int)ceil(wide / dx)) {
+        svg_text(&t, LEFT + dx * (i + 0.5), bottom + 20, MIDDLE_TEXT, g->col_name[i]);
+    }
+    if (heat) svg_cells(&t, g, size, right, bottom);
+    else svg_lines(&t, g, dx);
+    text_printf(&t, "</svg>\n");
+    FILE *f = open_written(path, "wb");
+    fwrite(t.s, 1, (size_t)t.n, f);
+    close_written(f, path);
 }
 
-// All figures that the rows give: for every metric of every task, and the summary of several tasks,
-// the values against S and against layer k, and the grid of looped parallel. `where` is a file
-// NAME.svg if there is one figure, otherwise a folder, made if missing.
-static void report_figures(const char *where, const Row *rows, int64_t n) {
-    static const char *const part[] = {"", "-layers", "-loops"};
-    int64_t n_summary;
-    Row *all = sorted_rows(rows, n, &n_summary);
-    if (n_summary && all[n].cut > 1) n += n_summary;    // of several tasks
+typedef struct {
+    Row *rows, *summary;        // sorted; of the summary, seeds are one row
+    int64_t n, n_summary, n_figures;
+    Figure *figures;            // of all metrics of all tasks, and of the summary of several tasks
+} Report;
+
+// Prepares a report. Sorts the rows.
+static Report make_report(Row *rows, int64_t n) {
+    Row *points = allocate(2 * n + 1, sizeof *points, "points of figures");
+    int64_t capacity = 0, n_points;
+    if (n) {
+        qsort(rows, (size_t)n, sizeof *rows, by_all_keys);
+        memcpy(points, rows, (size_t)n * sizeof *rows);
+    }
+    n_points = merge_rows(points, n, BY_POINT, false);
+    Report report = {.rows = rows, .n = n, .summary = points + n_points};
+    report.n_summary = make_summary(report.summary, rows, n);
+    if (report.n_summary && report.summary->n > 1) n_points += report.n_summary;
+    for (int64_t i = 0, k; i < n_points; i += k) {
+        k = span(points + i, n_points - i, BY_PANEL);
+        for (int view = STARTS; view <= LOOPS; view++) {
+            Figure g = make_figure(points + i, k, view);
+            int64_t at = report.n_figures;
+            if (!g.rows) continue;
+            report.figures = grow(report.figures, &capacity, at + 1, sizeof g, "figures");
+            report.figures[report.n_figures++] = g;
+        }
+    }
+    return report;
+}
+
+// The summary of every schedule: of random the mean over seeds, with their standard deviation.
+static void report_summary(FILE *f, const Report *report) {
+    print_rows(f, report->summary, report->n_summary);
+    if (report->n && !report->n_summary) {
+        fprintf(f, "# No summary: no task with a baseline above chance.\n\n");
+    }
+}
+
+// Every task's first metric, and the summary of several.
+static void report_chart(FILE *f, const Report *report) {
+    for (const Figure *g = report->figures; g < report->figures + report->n_figures; g++) {
+        if (g->panel->first) print_chart(f, g);
+    }
+}
+
+// Draws all figures. `where` is a file NAME.svg if there is one, otherwise a folder, made if
+// missing, for files like "llama12-bos-hellaswag-acc-loops.svg"; other characters than A-Z a-z 0-9
+// . - _ are made "_".
+static void report_figures(const char *where, const Report *report) {
     const char *dot = strrchr(where, '.');
-    bool file = dot && !strcmp(dot, ".svg");
-    if (!file && mkdir(where, 0777) && errno != EEXIST) {
+    bool folder = !dot || strcmp(dot, ".svg");
+    int64_t n = report->n_figures;
+    if (!n) die("%s: no result has a start S or a layer k to draw; use --sweep", where);
+    if (!folder && n > 1) {
+        die("%s: these results make %lld figures; name a folder", where, (long long)n);
+    }
+    if (folder && mkdir(where, 0777) && errno != EEXIST) {
         die("%s: cannot be made: %s; choose another place", where, strerror(errno));
     }
-    int64_t count = 0;
-    for (int pass = 0; pass < 2; pass++) {      // the first one only counts
-        for (int64_t i = 0, k; i < n; i += k) {
-            k = span(all + i, n - i, PANEL);
-            for (int kind = 0; kind < 3; kind++) {
-                Text svg = {0};
-                if (kind == 2) svg_loops(&svg, all + i, k);
-                else svg_plot(&svg, all + i, k, kind ? ONE : MIDDLE);
-                count += pass == 0 && svg.n;
-                if (pass && svg.n) {
-                    Text path = figure_path(where, file, all + i, part[kind]);
-                    write_figure(path.s, &svg);
-                }
-            }
+    for (const Figure *g = report->figures; g < report->figures + n; g++) {
+        const Row *r = g->panel;
+        char *name = text_of("%s%d%s-%s%s%s%s.svg", r->family, r->layers,
+                             strcmp(r->bos, "bos") ? "" : "-bos", r->task,
+                             is_summary(r) ? "" : "-", is_summary(r) ? "" : r->metric,
+                             views[g->view].file);
+        for (char *p = name; *p; p++) {
+            bool letter = (*p | 32) >= 'a' && (*p | 32) <= 'z';
+            if (!letter && !strchr("._-0123456789", *p)) *p = '_';
         }
-        if (!count) die("%s: no result has a start S or a layer k to draw; use --sweep", where);
-        if (file && count > 1) die("%s: these results make %lld figures; name a folder", where,
-                                   (long long)count);
+        write_svg(folder ? text_of("%s/%s", where, name) : where, g);
     }
 }
+
 // ------------------------------------------------------------------------------------------------
 // 11. Runs: --eval, --probe, --sweep, --report, --cosine
 // ------------------------------------------------------------------------------------------------
@@ -5047,51 +4934,63 @@ static void check_task(const Task *t, const Model *m, bool probe) {
     }
 }
 
-// Rows for tables and figures, of what the store holds.
-static Row *store_rows(const Store *st, int64_t *n_rows) {
+// The row of a schedule, still without a result.
+static Row schedule_row(const Schedule *s, const char *text) {
+    Row r = {.method = s->method, .start = (int)s->start, .schedule = text, .turns = -1,
+             .seed = NAN, .layers = s->n_layers, .merged = 1};
+    const Intervention *v = intervention_named(s->method, strlen(s->method));
+    if (v) r.rank = 1 + (int)(v - interventions);
+    else if (strcmp(s->method, "baseline")) r.rank = INT_MAX;
+    if (!v || !v->argument_flag) return r;
+    if (!strcmp(v->argument_flag, "seed")) r.seed = (double)s->argument;
+    else r.turns = (int)s->argument;
+    return r;
+}
+
+// What the store holds, as a report.
+static Report store_report(const Store *st) {
     Row *rows = NULL;
-    int64_t capacity = 0;
+    int64_t n_rows = 0, capacity = 0;
     for (int k = 0; k < st->n_wanted_tasks; k++) {
         const Task *t = st->tasks[k];
         int64_t width = t->kind->width;
         double *values = allocate(t->n_items * width, sizeof *values, "results");
-        for (int64_t i = 0; i < st->n_wanted; i++) {
-            const Entry *e = &st->entries[i];
-            int64_t n = 0, cut = 0;
+        for (const Entry *e = st->entries; e < st->entries + st->n_wanted; e++) {
+            Row r = schedule_row(&e->schedule, e->text);
+            r.task = t->name;
+            r.chance = t->chance;
+            r.bos = st->bos;
+            r.family = st->family;
             for (int64_t item = 0; item < t->n_items && e->kept[k]; item++) {
                 const double *kept = e->kept[k] + item * (1 + width);
                 if (kept[0] == MISSING) continue;
-                memcpy(values + n++ * width, kept + 1, (size_t)width * sizeof *kept);
-                cut += kept[0] == DONE_CUT;
+                memcpy(values + r.n++ * width, kept + 1, (size_t)width * sizeof *kept);
+                r.cut += kept[0] == DONE_CUT;
             }
-            for (int j = 0; j < t->n_metrics && n; j++) {
-                rows = grow(rows, &capacity, *n_rows + 1, sizeof *rows, "results");
-                Row *r = &rows[(*n_rows)++];
-                *r = (Row){.task = t->name, .metric = t->metrics[j]->name, .first = j == 0,
-                           .method = e->schedule.method, .start = (int)e->schedule.start,
-                           .arg = e->schedule.argument, .schedule = e->text, .layers = st->layers,
-                           .n = n, .cut = cut, .chance = t->chance, .bos = st->bos,
-                           .family = st->family};
-                r->value = metric_value(t->metrics[j], values, n, (int)width, &r->error);
+            for (int j = 0; j < t->n_metrics && r.n; j++) {
+                r.metric = t->metrics[j]->name;
+                r.first = j == 0;
+                r.value = metric_value(t->metrics[j], values, r.n, (int)width, &r.error);
+                rows = grow(rows, &capacity, n_rows + 1, sizeof *rows, "results");
+                rows[n_rows++] = r;
             }
         }
         release(values);
     }
-    return rows;
+    return make_report(rows, n_rows);
 }
 
 // Everything that is printed and drawn of results: a table, and where many schedules were run, the
 // summary and charts.
 static void show_results(const Store *st, const char *svg) {
-    int64_t n = 0;
-    Row *rows = store_rows(st, &n);
-    if (!n) die("no results to show");
-    report_table(stdout, rows, n);
+    Report report = store_report(st);
+    if (!report.n) die("no results to show");
+    print_rows(stdout, report.rows, report.n);
     if (st->n_wanted > 1) {
-        report_summary(stdout, rows, n);
-        report_chart(stdout, rows, n);
+        report_summary(stdout, &report);
+        report_chart(stdout, &report);
     }
-    if (svg) report_figures(svg, rows, n);
+    if (svg) report_figures(svg, &report);
 }
 
 // --report FILE ...: tables and figures of finished results, no model needed.
@@ -5291,8 +5190,13 @@ static void cosine(Session *s, const Schedule *schedule) {
     }
     putchar('\n');
     if (options.svg) {
-        heatmap_svg(options.svg, "Cosine similarity of hidden states", sum, n, n, "state after",
-                    "state after", name, name, lowest, 1);
+        Row *cell = allocate(n * (int64_t)n, sizeof *cell, "cells of a figure");
+        for (int64_t i = 0; i < n * (int64_t)n; i++) cell[i].value = sum[i];
+        Figure g = {.view = MATRIX, .rows = n, .cols = n, .row_name = name, .col_name = name,
+                    .title = "Cosine similarity of hidden states", .subtitle = "",
+                    .x_label = "state after", .y_label = "state after",
+                    .cell = cell, .scale = {lowest, 1, false}};
+        write_svg(options.svg, &g);
     }
 }
 
