@@ -3169,9 +3169,6 @@ typedef struct {
     int64_t mask_at;            // BERT: this token is fed as [MASK]; -1: none
     int64_t row;                // the first row that is scored, counted from the first fed token
     int64_t target, n_targets;  // rows row, row + 1, ... are scored against pool.id[target], ...
-    int64_t shared, parent_row, own_row;    // where its rows are in the batch: the first `shared`
-                                            // ones end before row parent_row + shared of a parent
-    int sequence;
     double loglik, prediction;  // the answer
     bool greedy;
     Text text;
@@ -3182,7 +3179,8 @@ typedef struct { char **field; int n_fields; int64_t line; } Item;
 typedef struct Kind Kind;
 
 typedef struct {
-    char *path, *name, *head, *identity;    // identity: the line that results of this task carry
+    char *path, *name, *head, *header;      // header: the first line, as it stands
+    char *identity;                         // the line that says which task results are of
     const Kind *kind;
     const Metric *metrics[8];
     int n_metrics, n_labels, n_stops;
@@ -3360,6 +3358,7 @@ static void ask_classify(Task *t, const Model *m, bool bos, int64_t item) {
         text[!longer].n = small;
         t->cut[item] = true;
     }
+    r->n_targets = 1;                   // row 0, of [CLS], is what the classifier sees
     ids_push(&t->pool, m->bos);
     push_ids(&t->pool, &text[0], 0, text[0].n);
     ids_push(&t->pool, m->eos);
@@ -3543,6 +3542,7 @@ static Task *task_load(const char *path) {
         if (end > line[i] && end[-1] == '\r') end[-1] = 0;
     }
     while (n_lines > 1 && !*line[n_lines - 1]) n_lines--;
+    t->header = copy_string(line[0]);
     char **field = split(line[0], '\t', &n);
     if (n < 2 || strcmp(field[0], "#painters-task") || strcmp(field[1], "1")) {
         die("%s: line 1: not a task file of version 1; it begins #painters-task<TAB>1", path);
@@ -3564,13 +3564,6 @@ static Task *task_load(const char *path) {
         it->field = split(line[i + 1], '\t', &it->n_fields);
         check_item(t, it);
     }
-    Text id = {0};
-    text_printf(&id, "#task\t%s\t%016llx\t%s\t%lld\t%.9g\t", t->name, (unsigned long long)t->hash,
-                t->kind->name, (long long)t->n_items, t->chance);
-    for (int i = 0; i < t->n_metrics; i++) {
-        text_printf(&id, "%s%s", i ? "," : "", t->metrics[i]->name);
-    }
-    t->identity = id.s;
     return t;
 }
 
@@ -3600,8 +3593,8 @@ typedef struct {                // a schedule and its results
     Schedule schedule;
     char *key, *text;           // its name in files ("skip:3", "random:3:7"); as --show prints it
     double *kept[MAX_TASKS];    // of each task [n_items][1 + width]: state, values; NULL: nothing
-    int64_t common;             // steps shared with the schedule before it in a walk
-    double partial[8];          // values of an item whose requests are not all answered yet
+    int64_t common;             // steps shared with the schedule before it in a walk,
+    float *state;               // and the batch's rows behind them, once the walk was there
     float *features;            // --probe: pooled features of the train items, [n_items][dim],
     double *weights;            // and what is fitted to them, [outputs][dim + 1]
 } Entry;
@@ -3637,22 +3630,17 @@ static Entry *store_find(const Store *st, const char *key) {
 // Adds a schedule, or finds it where it was added before.
 static Entry *store_schedule(Store *st, Schedule s) {
     const Intervention *v = intervention_named(s.method, strlen(s.method));
-    char *text = schedule_text(&s);
+    Entry new = {.schedule = s, .text = schedule_text(&s)}, *known;
     Text key = {0};
     text_printf(&key, "%s", s.method);
     if (v) text_printf(&key, ":%lld", (long long)s.start);
     if (v && v->argument_flag) text_printf(&key, ":%lld", (long long)s.argument);
-    if (!strcmp(s.method, "path")) text_printf(&key, ":%s", text);
-    Entry *e = store_find(st, key.s);
-    if (e) {
-        release(key.s);
-        release(text);
-        return e;
-    }
-    st->entries = grow(st->entries, &st->capacity, st->n_entries + 1, sizeof *e, "schedules");
-    e = &st->entries[st->n_entries++];
-    *e = (Entry){.schedule = s, .key = key.s, .text = text};
-    return e;
+    if (!strcmp(s.method, "path")) text_printf(&key, ":%s", new.text);
+    if ((known = store_find(st, key.s))) return known;
+    new.key = key.s;
+    st->entries = grow(st->entries, &st->capacity, st->n_entries + 1, sizeof new, "schedules");
+    st->entries[st->n_entries] = new;
+    return &st->entries[st->n_entries++];
 }
 
 static void store_task(Store *st, Task *t) {
@@ -3679,6 +3667,46 @@ _Noreturn static void bad_line(const Store *st, const char *fault) {
         (long long)st->line, fault);
 }
 
+// What results belong to, the first line of a result file: that of this run, or else of the file.
+static void store_identity(Store *st, const char *line) {
+    if (st->identity && strcmp(st->identity, line)) {
+        bad_line(st, "these results belong to another model or other settings");
+    }
+    st->identity = copy_string(line);
+    if (sscanf(line, "#painters-results 1 model=%*16[0-9a-f] family=%7[a-z] layers=%5d bos=%7s",
+               st->family, &st->layers, st->bos) != 3 || st->layers < 1 || st->layers > 16384) {
+        bad_line(st, "not a result file of version 1");
+    }
+}
+
+// The line of a result file that says which task results are of: how many items it has, the hash
+// of its file (with --probe, of the train file too), and its header.
+static char *task_line(const Task *t, const Task *train) {
+    Text line = {0};
+    text_printf(&line, "#task\t%lld\t%016llx", (long long)t->n_items, (unsigned long long)t->hash);
+    if (train) {
+        text_printf(&line, " probe=%016llx strength=%g", (unsigned long long)train->hash,
+                    options.strength);
+    }
+    text_printf(&line, "%s", t->header + strlen("#painters-task\t1"));
+    return line.s;
+}
+
+// A task as such a line knows it.
+static Task *task_from_line(const Store *st, const char *line) {
+    Task *t = allocate(1, sizeof *t, "task");
+    Text place = {0};
+    int n;
+    char **field = split(copy_string(line), '\t', &n);
+    text_printf(&place, "%s: line %lld", st->reading, (long long)st->line);
+    *t = (Task){.path = place.s, .identity = copy_string(line), .chance = NAN};
+    for (int i = 3; i < n; i++) task_option(t, field[i]);
+    if (!t->name || !t->n_metrics || !parse_int(field[1], 1, INT64_MAX / 64, &t->n_items)) {
+        bad_line(st, "not the description of a task");
+    }
+    return t;
+}
+
 // The schedule that a key of a result file names.
 static Schedule key_schedule(const Store *st, const char *key) {
     if (!strcmp(key, "baseline")) return schedule_build(NULL, st->layers, -1, -1);
@@ -3695,41 +3723,8 @@ static Schedule key_schedule(const Store *st, const char *key) {
     return schedule_build(v, st->layers, start, argument);
 }
 
-// What results belong to, the first line of a result file: that of this run, or else of the file.
-static void store_identity(Store *st, const char *line) {
-    if (st->identity && strcmp(st->identity, line)) {
-        bad_line(st, "these results belong to another model or other settings");
-    }
-    st->identity = copy_string(line);
-    if (sscanf(line, "#painters-results 1 model=%*16[0-9a-f] family=%7[a-z] layers=%5d bos=%7s",
-               st->family, &st->layers, st->bos) != 3 || st->layers < 1 || st->layers > 16384) {
-        bad_line(st, "not a result file of version 1");
-    }
-}
-
-// A task as a line of a result file knows it: #task name hash kind items chance metrics.
-static Task *task_from_line(const Store *st, const char *line) {
-    Task *t = allocate(1, sizeof *t, "task");
-    int n;
-    char **field = split(copy_string(line), '\t', &n), **metric;
-    for (int i = 0; i < N_KINDS && n >= 7; i++) {
-        if (!strcmp(kinds[i].name, field[3])) t->kind = &kinds[i];
-    }
-    if (!t->kind || !parse_int(field[4], 1, INT64_MAX / 64, &t->n_items) ||
-        !parse_double(field[5], &t->chance)) bad_line(st, "not the description of a task");
-    t->path = copy_string(st->reading);
-    t->identity = copy_string(line);
-    t->name = field[1];
-    metric = split(field[6], ',', &n);
-    for (int i = 0; i < n && i < 8; i++, t->n_metrics++) {
-        t->metrics[i] = metric_find(t->kind->name, metric[i]);
-        if (!t->metrics[i]) bad_line(st, "an unknown metric");
-    }
-    return t;
-}
-
 // One result: task, schedule, item, state, values ...
-static void store_record(Store *st, char *line) {
+static void store_result(Store *st, char *line) {
     int n, task = 0;
     int64_t item;
     char **field = split(line, '\t', &n);
@@ -3740,20 +3735,20 @@ static void store_record(Store *st, char *line) {
     }
     Entry *e = store_find(st, field[1]);
     if (!e) e = store_schedule(st, key_schedule(st, field[1]));
-    double *kept = kept_of(st, e, task, item);
-    bool known = kept[0] != MISSING;
-    bool labels = t->kind->output == CLASSIFIES && strcmp(t->kind->name, "regress");
-    for (int i = 0; i <= t->kind->width; i++) {
-        double value, lowest = i ? 0 : DONE, highest = i ? 65535 : DONE_CUT;
-        bool whole = labels || i == 0, number = parse_double(field[3 + i], &value);
-        if (!number || (whole && !(value >= lowest && value <= highest && value == floor(value)))) {
+    double value[16], *kept = kept_of(st, e, task, item);
+    for (int i = 0; i < n - 3; i++) {
+        bool label = i && t->kind->output == CLASSIFIES && t->kind->columns[0] == 'g';
+        double lowest = i ? 0 : DONE, highest = i ? t->n_labels - 1 : DONE_CUT;
+        if (!parse_double(field[3 + i], &value[i]) || ((label || !i) && !(value[i] >= lowest &&
+            value[i] <= highest && value[i] == floor(value[i])))) {
             bad_line(st, "a value is no number, or not one that can stand there");
         }
-        if (known && kept[i] != value && !(isnan(kept[i]) && isnan(value))) {
-            bad_line(st, "another result of the same item than before");
-        }
-        kept[i] = value;
     }
+    size_t bytes = (size_t)(n - 3) * sizeof *kept;
+    if (kept[0] != MISSING && memcmp(kept, value, bytes)) {
+        bad_line(st, "another result of the same item than before");
+    }
+    memcpy(kept, value, bytes);
     release(field);
 }
 
@@ -3769,12 +3764,11 @@ static int64_t store_read(Store *st, const char *path) {
         if (!strncmp(at, "#painters-results\t", 18)) store_identity(st, at);
         else if (!st->identity || st->line == 1) bad_line(st, "not a result file");
         else if (!strncmp(at, "#task\t", 6)) store_task(st, task_from_line(st, at));
-        else store_record(st, at);
+        else store_result(st, at);
         at = stop + 1;
     }
-    int64_t whole = at - text;
     release(text);
-    return whole;
+    return at - text;
 }
 
 static FILE *open_written(const char *path, const char *mode) {
@@ -3824,15 +3818,27 @@ static int64_t plan_walk(Entry **entry, int64_t n) {
     return passes;
 }
 
+typedef struct {                // a row of the batch that is scored or classified
+    Request *request;
+    int64_t row;
+    int token, best;            // the token whose probability is asked for; the likeliest one
+    double loglik;              // of `token`
+    int sequence;               // of a text that is being generated,
+    int64_t made;               // with so many tokens,
+    bool begun;                 // not all of them BOS
+} Target;
+
 typedef struct {                // the evaluator at work on the items of one task
     Session *s;
     Store store;
     Entry **entry;              // [n]: the schedules of a walk, in its order
     int64_t n;
-    Task *t;
-    int task;                   // its index in the store
-    bool pooling;               // --probe: t is the train set, whose features are collected
+    Task *t, *train;            // train: of --probe, or NULL
+    int task;                   // which of the store's tasks is evaluated: t, unless
+    bool pooling;               // t is the train set, whose features are collected
     int64_t first, last;        // the batch holds requests first .. last-1
+    Target *target;             // [n_targets]: its rows to score
+    int64_t n_targets, capacity;
     int64_t prefix;             // tokens that all requests begin with: sequence 0, the parent of
     bool prefix_kept;           // the others, computed once or in every batch
     int64_t answers, answers_due;
@@ -3862,55 +3868,31 @@ static bool due(const Evaluation *e, Entry *x, int64_t item) {
     return kept_of(&e->store, x, e->task, item)[0] == MISSING;
 }
 
-typedef struct {                // a row of the batch whose next token is asked for
-    Request *request;
-    int64_t row;
-    int token, best;            // the token that is scored; the likeliest one
-    double loglik;              // of `token`
-    int sequence;               // of a text that is being generated,
-    int64_t made;               // with so many tokens,
-    bool begun;                 // not all of them BOS
-} Target;
-
-// Fills in what the model says behind rows of the batch, some rows at a time.
-static void score_rows(Session *s, Target *target, int64_t n) {
+// Fills in what the model says behind rows of the batch, some at a time: the log-likelihoods of
+// tokens, which add up in their requests.
+static void score(Session *s, Target *target, int64_t n) {
     enum { AT_ONCE = 128 };
     int64_t vocab = s->model->vocab_size, rows[AT_ONCE];
     float *z = allocate(AT_ONCE * vocab, sizeof *z, "logits");
-    for (int64_t from = 0; from < n; from += AT_ONCE) {
-        int64_t count = n - from < AT_ONCE ? n - from : AT_ONCE;
+    for (int64_t i = 0; i < n; i++) {
+        target[i].request->loglik = 0;
+        target[i].request->greedy = true;
+    }
+    for (int64_t from = 0, count; from < n; from += count) {
         Target *t = target + from;
+        count = n - from < AT_ONCE ? n - from : AT_ONCE;
         for (int64_t i = 0; i < count; i++) rows[i] = t[i].row;
         logits(s, rows, count, z);
         #pragma omp parallel for
         for (int64_t i = 0; i < count; i++) {
             t[i].loglik = log_softmax_at(z + i * vocab, vocab, t[i].token, &t[i].best);
         }
-    }
-    release(z);
-}
-
-// Log-likelihoods of the batch's requests.
-static void score_requests(Evaluation *e) {
-    Target *target = NULL;
-    int64_t n = 0, capacity = 0;
-    for (int64_t i = e->first; i < e->last; i++) {
-        Request *r = &e->t->requests[i];
-        r->loglik = 0;
-        r->greedy = true;
-        for (int64_t j = r->row; j < r->row + r->n_targets; j++) {
-            int64_t row = j < r->shared ? r->parent_row + j : r->own_row + j - r->shared;
-            target = grow(target, &capacity, n + 1, sizeof *target, "tokens to score");
-            target[n++] = (Target){.request = r, .row = row,
-                                    .token = e->t->pool.id[r->target + j - r->row]};
+        for (int64_t i = 0; i < count; i++) {
+            t[i].request->loglik += t[i].loglik;
+            t[i].request->greedy &= t[i].best == t[i].token;
         }
     }
-    score_rows(e->s, target, n);
-    for (int64_t i = 0; i < n; i++) {
-        target[i].request->loglik += target[i].loglik;
-        target[i].request->greedy &= target[i].best == target[i].token;
-    }
-    release(target);
+    release(z);
 }
 
 static int n_outputs(const Task *t) {
@@ -3918,21 +3900,21 @@ static int n_outputs(const Task *t) {
 }
 
 // What the classifier, or a schedule's probe, makes of the batch's [CLS] rows.
-static void classify_requests(Evaluation *e, Entry *entry) {
+static void classify(Evaluation *e, Entry *entry) {
     const Head *h = e->t->classifier;
-    int64_t n = e->last - e->first, d = e->s->model->dim;
+    int64_t n = e->n_targets, d = e->s->model->dim, width = h ? h->n_labels : 0;
     int64_t *rows = allocate(n, sizeof *rows, "rows to classify");
     float *x = allocate(n * d, sizeof *x, "pooled features");
-    float *z = allocate(h ? n * h->n_labels : 0, sizeof *z, "class scores");
-    for (int64_t j = 0; j < n; j++) rows[j] = e->t->requests[e->first + j].own_row;
+    float *z = allocate(n * width, sizeof *z, "class scores");
+    for (int64_t j = 0; j < n; j++) rows[j] = e->target[j].row;
     pooled(e->s, rows, n, x);
     if (h) matmul(z, x, &h->weight, h->bias, n);
     for (int64_t j = 0; j < n; j++) {
-        Request *r = &e->t->requests[e->first + j];
-        const float *own = x + j * d, *score = z + j * (h ? h->n_labels : 0);
+        Request *r = e->target[j].request;
+        const float *own = x + j * d, *score = z + j * width;
         int best = 0;
         r->text.n = 0;
-        for (int k = 0; h && k < h->n_labels; k++) {
+        for (int k = 0; k < width; k++) {
             text_printf(&r->text, "%s%.6f", k ? " " : "", (double)score[k]);
             if (score[k] > score[best]) best = k;
         }
@@ -3957,27 +3939,22 @@ static void write_escaped(FILE *f, const Text *text) {
     }
 }
 
-// Keeps the values of an item, answered by n requests: in memory, in --out and in --log.
-static void keep_item(Evaluation *e, Entry *x, const Request *r, int64_t n) {
-    const Task *t = e->t;
+// Writes an item's result, answered by n requests, to --out and --log; the log has the answers too.
+static void write_result(const Evaluation *e, const Entry *x, const double *kept, const Request *r,
+                         int64_t n) {
+    const Kind *kind = e->t->kind;
     FILE *file[] = {e->store.out, e->log};
-    e->answers++;
-    if (e->pooling) return;
-    double *kept = kept_of(&e->store, x, e->task, r->item);
-    kept[0] = t->cut[r->item] ? DONE_CUT : DONE;
-    memcpy(kept + 1, x->partial, (size_t)t->kind->width * sizeof *kept);
     for (int i = 0; i < 2; i++) {
         FILE *f = file[i];
         if (!f) continue;
-        fprintf(f, "%s\t%s\t%lld", t->name, x->key, (long long)r->item);
-        for (int k = 0; k <= t->kind->width; k++) fprintf(f, "\t%.17g", kept[k]);
+        fprintf(f, "%s\t%s\t%lld", e->t->name, x->key, (long long)r->item);
+        for (int k = 0; k <= kind->width; k++) fprintf(f, "\t%.17g", kept[k]);
         if (f == e->log) {
-            bool scores = t->kind->output == SCORES;
             fputc('\t', f);
-            for (int64_t k = 0; k < n && scores && !t->kind->adds; k++) {
+            if (kind->output != SCORES) write_escaped(f, &r->text);
+            else for (int64_t k = 0; k < n && !kind->adds; k++) {
                 fprintf(f, "%s%.12g", k ? " " : "", r[k].loglik);
             }
-            if (!scores) write_escaped(f, &r->text);
         }
         fputc('\n', f);
     }
@@ -3990,10 +3967,15 @@ static void keep_answers(Evaluation *e, Entry *x, int64_t from, int64_t end) {
     for (int64_t to; from < end; from = to) {
         const Request *r = &t->requests[from];
         for (to = from + 1; to < end && t->requests[to].item == r->item; to++) {}
-        t->kind->value(t, r, to - from, x->partial);
-        if (t->kind->adds && to < t->n_requests && t->requests[to].item == r->item) continue;
-        if (due(e, x, r->item)) keep_item(e, x, r, to - from);
-        memset(x->partial, 0, sizeof x->partial);
+        bool over = to == t->n_requests || t->requests[to].item != r->item;
+        e->answers += e->pooling;
+        if (e->pooling || !due(e, x, r->item)) continue;
+        double *kept = kept_of(&e->store, x, e->task, r->item);
+        t->kind->value(t, r, to - from, kept + 1);
+        if (!over) continue;            // the others of the item are in the next batch
+        kept[0] = t->cut[r->item] ? DONE_CUT : DONE;
+        e->answers++;
+        write_result(e, x, kept, r, to - from);
     }
     if (out && (fflush(out) || ferror(out))) {
         die("%s: cannot be written: %s; free space, then run the same command again",
@@ -4006,33 +3988,29 @@ static void keep_answers(Evaluation *e, Entry *x, int64_t from, int64_t end) {
 // parts from the present one, and taken up again when its turn comes.
 static void walk(Evaluation *e) {
     Session *s = e->s;
-    int64_t depth = 0, n_saved = 0, size = s->batch.n_rows * s->model->dim;
-    float **saved = allocate(e->n, sizeof *saved, "states at forks");
+    int64_t size = s->batch.n_rows * s->model->dim;
     embed(s);
     for (int64_t k = 0; k < e->n; k++) {
         Entry *x = e->entry[k];
         const Schedule *sc = &x->schedule;
-        if (x->common < depth) {
-            depth = x->common;
-            memcpy(s->x, saved[--n_saved], (size_t)size * sizeof *s->x);
-            release(saved[n_saved]);
-        }
-        for (; depth < sc->n_steps; depth++) {
+        if (x->state) memcpy(s->x, x->state, (size_t)size * sizeof *s->x);
+        release(x->state);
+        x->state = NULL;
+        for (int64_t depth = x->common; depth < sc->n_steps; depth++) {
             int64_t next = k + 1, at = sc->first[depth], slot = s->kv_mean ? depth : at;
             while (next < e->n && e->entry[next]->common > depth) next++;
             if (next < e->n && e->entry[next]->common == depth) {
-                saved[n_saved] = allocate(size, sizeof *s->x, "states at a fork");
-                memcpy(saved[n_saved++], s->x, (size_t)size * sizeof *s->x);
+                float *state = allocate(size, sizeof *state, "states at a fork");
+                e->entry[next]->state = memcpy(state, s->x, (size_t)size * sizeof *state);
             }
             stop_if_interrupted(e);
             run_step(s, sc->layer + at, sc->first[depth + 1] - at, slot);
         }
         e->separate_passes += sc->n_slots;
-        if (e->t->kind->output == SCORES) score_requests(e);
-        if (e->t->kind->output == CLASSIFIES) classify_requests(e, x);
+        if (e->t->kind->output == SCORES) score(s, e->target, e->n_targets);
+        if (e->t->kind->output == CLASSIFIES) classify(e, x);
         keep_answers(e, x, e->first, e->last);
     }
-    release(saved);
 }
 
 // How many tokens n requests all begin with.
@@ -4057,43 +4035,45 @@ static void add_rows(Session *s, const Task *t, const Request *r, int sequence, 
     }
 }
 
+// The same in a new sequence behind `parent`, which stays the last one where there are no tokens.
+static int add_sequence(Session *s, const Task *t, const Request *r, int parent, int64_t from,
+                        int64_t to) {
+    if (from == to) return parent;
+    int q = sequence_new(s, parent, to - from, 1);
+    add_rows(s, t, r, q, from, to);
+    return q;
+}
+
 // Fills the batch with requests from `from` on, whole items at a time, until it has its tokens.
 // What the requests of an item have in common is a sequence of its own, with them as its children.
 static void open_batch(Evaluation *e, int64_t from) {
     Session *s = e->s;
     Task *t = e->t;
     Request *r = t->requests;
-    int64_t to = from;
-    int prefix = e->prefix ? 0 : -1;
     session_reset(s, e->prefix_kept);
-    if (e->prefix && !e->prefix_kept) {
-        sequence_new(s, -1, e->prefix, e->n > 1 ? 1 : schedule_slots(s, &e->entry[0]->schedule));
-        add_rows(s, t, r, prefix, 0, e->prefix);
-    }
-    while (to < t->n_requests) {
-        int64_t end = to + 1, shared = e->prefix, rows = 0;
-        while (end < t->n_requests && !t->kind->adds && r[end].item == r[to].item) end++;
-        if (end > to + 1) shared = common_tokens(t, r + to, end - to);
-        for (int64_t i = to; i < end; i++) rows += r[i].n - shared;
-        rows += shared - e->prefix;
-        if (to > from && s->batch.n_rows + rows > options.batch) break;
-        int parent = prefix;
-        int64_t parent_row = s->batch.n_rows - e->prefix;
-        if (shared > e->prefix) {
-            parent = sequence_new(s, prefix, shared - e->prefix, 1);
-            add_rows(s, t, &r[to], parent, e->prefix, shared);
-        }
-        for (; to < end; to++) {
-            r[to].shared = shared;
-            r[to].parent_row = parent_row;
-            r[to].own_row = s->batch.n_rows;
-            if (r[to].n == shared) continue;
-            int own = sequence_new(s, parent, r[to].n - shared, 1);
-            add_rows(s, t, &r[to], own, shared, r[to].n);
+    int prefix = e->prefix_kept ? 0 : add_sequence(s, t, r, -1, 0, e->prefix);
+    e->first = e->last = from;
+    e->n_targets = 0;
+    for (int64_t end; e->last < t->n_requests; e->last = end) {
+        end = e->last + 1;
+        while (end < t->n_requests && !t->kind->adds && r[end].item == r[end - 1].item) end++;
+        int64_t shared = common_tokens(t, r + e->last, end - e->last), rows = shared - e->prefix;
+        for (int64_t i = e->last; i < end; i++) rows += r[i].n - shared;
+        if (e->last > from && s->batch.n_rows + rows > options.batch) break;
+        int64_t above = s->batch.n_rows - e->prefix;
+        int parent = add_sequence(s, t, &r[e->last], prefix, e->prefix, shared);
+        for (int64_t i = e->last; i < end; i++) {
+            int64_t own = s->batch.n_rows - shared;
+            add_sequence(s, t, &r[i], parent, shared, r[i].n);
+            e->target = grow(e->target, &e->capacity, e->n_targets + r[i].n_targets,
+                             sizeof *e->target, "tokens to score");
+            for (int64_t j = 0; j < r[i].n_targets; j++) {
+                int64_t at = r[i].row + j;      // is in the batch at own + at, or among the shared
+                e->target[e->n_targets++] = (Target){.request = &r[i],
+                    .row = at + (at < shared ? above : own), .token = t->pool.id[r[i].target + j]};
+            }
         }
     }
-    e->first = from;
-    e->last = to;
 }
 
 // Adds the likeliest token to a text that is being generated; true when it has come to its end.
@@ -4128,12 +4108,12 @@ static void generate(Evaluation *e) {
     Task *t = e->t;
     Entry *x = e->entry[0];
     const Model *m = s->model;
-    int64_t n_slots = schedule_slots(s, &x->schedule), n = 0, opened = 0, next = 0;
-    int prefix = e->prefix ? 0 : -1;
+    int64_t n_slots = schedule_slots(s, &x->schedule), n = 0, opened = 0;
+    int parent = e->prefix_kept ? 0 : -1;
     double row_bytes = 4.0 * (double)(n_slots * m->n_kv_heads * (m->head_dim + value_stride(m)));
     Target *text = allocate(t->n_requests, sizeof *text, "texts");  // n, then those that have ended
     session_reset(s, e->prefix_kept);
-    for (;;) {
+    for (int64_t next = 0;;) {
         int64_t cached = 0;
         for (int64_t k = 0; k < n; k++) {
             text[k].row = s->batch.n_rows;
@@ -4147,18 +4127,16 @@ static void generate(Evaluation *e) {
             if (n && (s->batch.n_rows + rows > options.batch ||
                       (double)cached * row_bytes > CACHE_MEGABYTES * 1e6)) break;
             int q = text[n].sequence;           // of a text that has ended
-            if (n < opened) sequence_open(s, q, prefix, room, n_slots);
-            else q = sequence_new(s, prefix, room, n_slots), opened++;
+            if (n < opened) sequence_open(s, q, parent, room, n_slots);
+            else q = sequence_new(s, parent, room, n_slots), opened++;
             add_rows(s, t, r, q, e->prefix, r->n);
             text[n] = (Target){.request = r, .row = s->batch.n_rows - 1, .sequence = q};
             text_add(&r->text, "", 0);
         }
         if (!n) break;
-        stop_if_interrupted(e);
-        forward(s, &x->schedule);
+        walk(e);
         batch_commit(s);
-        e->separate_passes += x->schedule.n_slots;
-        score_rows(s, text, n);
+        score(s, text, n);
         for (int64_t k = n - 1; k >= 0; k--) {
             Target ended = text[k];
             if (!take_token(e, &text[k])) continue;
@@ -4180,27 +4158,30 @@ static int64_t common_prefix(const Session *s, const Task *t) {
     return n < 16 ? 0 : n;
 }
 
-// Answers what is due of the task under the schedules of the walk.
-static void run_requests(Evaluation *e) {
-    Task *t = e->t;
+// Answers what is due of a task under the schedules of the walk.
+static void run_requests(Evaluation *e, Task *t) {
+    Session *s = e->s;
+    e->t = t;
     while (t->n_requests) release(t->requests[--t->n_requests].text.s);
     t->pool.n = 0;
     for (int64_t item = 0; item < t->n_items; item++) {
         bool any = false;
         for (int64_t k = 0; k < e->n && !any; k++) any = due(e, e->entry[k], item);
-        if (any) t->kind->ask(t, e->s->model, options.bos, item);
+        if (any) t->kind->ask(t, s->model, options.bos, item);
     }
-    e->prefix = common_prefix(e->s, t);
-    e->prefix_kept = false;
-    if (e->prefix && e->n == 1) {       // under many schedules its keys and values do not fit
-        open_batch(e, t->n_requests);   // no request, the prefix alone
+    e->prefix = common_prefix(s, t);
+    e->prefix_kept = e->prefix && e->n == 1;    // of many schedules it would not fit into memory
+    e->first = e->last = e->n_targets = 0;
+    if (e->prefix_kept) {
+        session_reset(s, 0);
+        int q = sequence_new(s, -1, e->prefix, schedule_slots(s, &e->entry[0]->schedule));
+        add_rows(s, t, t->requests, q, 0, e->prefix);
         walk(e);
-        batch_commit(e->s);
-        e->prefix_kept = true;
+        batch_commit(s);
     }
     if (t->kind->output == GENERATES) generate(e);
-    for (int64_t from = 0; from < t->n_requests && t->kind->output != GENERATES; from = e->last) {
-        open_batch(e, from);
+    else while (e->last < t->n_requests) {
+        open_batch(e, e->last);
         walk(e);
     }
 }
@@ -4932,17 +4913,17 @@ static void sweep_word(Store *st, const char *word) {
         return;
     }
     if (!v) die("--sweep: \"%s\" is no method; use skip, repeat, ..., or path:FILE", word);
-    int64_t low = v->standard, high = low;
-    if (v->argument_flag) {
-        bool seeds = !strcmp(v->argument_flag, "seed");
-        char **end = split(copy_string(argument ? argument : seeds ? "10" : "3"), '-', &n);
-        if (n > (seeds ? 1 : 2) || !parse_int(end[0], 1, 100000, &low) ||
+    const char *takes = v->argument_flag;
+    bool seeds = takes && !strcmp(takes, "seed");
+    int64_t low = v->standard, high = seeds ? 9 : low;
+    if (argument) {
+        char **end = split(copy_string(argument), '-', &n);
+        if (!takes || n > (seeds ? 1 : 2) || !parse_int(end[0], 1, 100000, &low) ||
             !parse_int(end[n - 1], low, 100000, &high)) {
-            die("--sweep: \"%s\": expected random:SEEDS, loop:R or loop:R1-R2, from 1", word);
+            die("--sweep: \"%s\": expected a method, random:SEEDS, loop:R or loop:R1-R2, from 1",
+                word);
         }
         if (seeds) low = 0, high--;
-    } else if (argument) {
-        die("--sweep: \"%s\": %s takes no argument", word, v->name);
     }
     for (int64_t start = 0; start <= largest_start(v, st->layers); start++) {
         for (int64_t a = low; a <= high; a++) {
@@ -4978,8 +4959,8 @@ static void show_sweep(const char *sweep, int T) {
 
 // Finds the classifier of a task, and the task's label of each of its outputs, by name. Where the
 // names do not tell (LABEL_0, ...), the order is taken as it is, and that is said.
-static void match_labels(Task *t, const Model *m, const char *wanted) {
-    const char *name = wanted ? wanted : t->head;
+static void match_labels(Task *t, const Model *m) {
+    const char *name = options.head ? options.head : t->head;
     const Head *h = NULL;
     for (int i = 0; i < m->n_heads_named; i++) {
         if (name ? !strcmp(m->heads[i].name, name) : m->n_heads_named == 1) h = &m->heads[i];
@@ -4997,10 +4978,9 @@ static void match_labels(Task *t, const Model *m, const char *wanted) {
     t->classifier = h;
     t->label_of = allocate(h->n_labels, sizeof *t->label_of, "labels");
     for (int i = 0; i < h->n_labels && !regress; i++) {
-        int j = 0;
-        while (j < t->n_labels && strcmp(h->labels[i], t->labels[j])) j++;
-        t->label_of[i] = j;
-        known += j < t->n_labels;
+        int *j = &t->label_of[i];
+        while (*j < t->n_labels && strcmp(h->labels[i], t->labels[*j])) ++*j;
+        known += *j < t->n_labels;
     }
     if (regress || known == h->n_labels) return;
     for (int i = 0; i < h->n_labels; i++) t->label_of[i] = i;
@@ -5009,15 +4989,16 @@ static void match_labels(Task *t, const Model *m, const char *wanted) {
 }
 
 // Checks that the model can do the task at all.
-static void check_task(const Task *t, const Model *m, bool probe) {
+static void check_task(const Task *t, const Model *m) {
     const Kind *k = t->kind;
     bool bert = m->arch == BERT, classifies = k->output == CLASSIFIES;
+    const char *missing = NULL;
     need_tokenizer(m);
     if (k->arch && k->arch != m->arch) {
         die("%s: a task of kind %s is for %s; %s is another model", t->path, k->name,
             k->arch == LLAMA ? "Llama" : "BERT", m->path);
     }
-    const char *missing = NULL;
+    if (options.probe && !classifies) die("%s: --probe is for kinds classify and regress", t->path);
     if (bert && (m->bos < 0 || m->eos < 0)) missing = "[CLS] or [SEP] token";
     else if (bert && !classifies && (!m->has_mlm || m->mask < 0)) missing = "masked-LM head";
     else if (classifies && !m->has_pooler) missing = "pooler";
@@ -5025,7 +5006,6 @@ static void check_task(const Task *t, const Model *m, bool probe) {
         die("%s: has no %s, which kind %s needs; export a checkpoint with one", m->path, missing,
             k->name);
     }
-    if (probe && !classifies) die("%s: --probe is for kinds classify and regress", t->path);
     for (int64_t i = 0; i < t->n_items && classifies && m->n_segments < 2; i++) {
         if (t->items[i].n_fields < 3) continue;
         die("%s: line %lld: two texts, but %s knows one segment", t->path,
@@ -5091,96 +5071,94 @@ static void report_files(void) {
 
 // --probe: pools the features of the train items under the schedules of the walk, and fits a
 // classifier on each.
-static void fit_probes(Evaluation *e, Task *train) {
-    int64_t d = e->s->model->dim;
+static void fit_probes(Evaluation *e) {
+    Task *train = e->train;
+    int64_t n = train->n_items, d = e->s->model->dim;
     int outputs = n_outputs(train);
-    double *gold = allocate(train->n_items, sizeof *gold, "labels");
-    for (int64_t i = 0; i < train->n_items; i++) gold[i] = gold_of(train, i);
+    double *gold = allocate(n, sizeof *gold, "labels");
+    for (int64_t i = 0; i < n; i++) gold[i] = gold_of(train, i);
     for (int64_t k = 0; k < e->n; k++) {
-        e->entry[k]->features = allocate(train->n_items * d, sizeof(float), "pooled features");
+        e->entry[k]->features = allocate(n * d, sizeof(float), "pooled features");
     }
-    e->t = train;
     e->pooling = true;
-    run_requests(e);
+    run_requests(e, train);
     e->pooling = false;
     for (int64_t k = 0; k < e->n; k++) {
         Entry *x = e->entry[k];
         x->weights = allocate(outputs * (d + 1), sizeof *x->weights, "probes");
-        probe_fit(x->features, gold, train->n_items, d, outputs, options.strength, x->weights);
+        probe_fit(x->features, gold, n, d, outputs, options.strength, x->weights);
         release(x->features);
         stop_if_interrupted(e);
     }
     release(gold);
 }
 
+// Answers that are due of a task under a schedule; those of the train items count too.
+static int64_t count_due(Evaluation *e, Entry *x) {
+    int64_t n = 0, n_items = e->store.tasks[e->task]->n_items;
+    for (int64_t item = 0; item < n_items; item++) n += due(e, x, item);
+    return n + (n && e->train ? e->train->n_items : 0);
+}
+
 enum { MOST_FEATURES = 256000000 };     // of train items under schedules held at a time: a gigabyte
 
-// Runs all tasks under all wanted schedules that are not done with them.
-static void run_tasks(Evaluation *e, Task *train) {
+// Runs a task under all wanted schedules that are not done with it.
+static void run_task(Evaluation *e, Task *t) {
     Store *st = &e->store;
     Entry **entry = allocate(st->n_wanted, sizeof *entry, "schedules");
-    e->started = seconds();
-    for (int pass = 0; pass < 2; pass++) {          // the first one only counts
-        for (e->task = 0; e->task < st->n_wanted_tasks; e->task++) {
-            Task *t = e->t = st->tasks[e->task];
-            int64_t n = 0, group = t->kind->output == GENERATES ? 1 : st->n_wanted;
-            for (Entry *x = st->entries; x < st->entries + st->n_wanted; x++) {
-                int64_t left = 0;
-                for (int64_t item = 0; item < t->n_items; item++) left += due(e, x, item);
-                if (left) entry[n++] = x;
-                if (left && pass == 0) e->answers_due += left + (train ? train->n_items : 0);
-            }
-            plan_walk(entry, n);
-            if (train) group = MOST_FEATURES / e->s->model->dim / train->n_items;
-            if (group < 1) group = 1;
-            for (int64_t from = 0; from < n && pass; from += group) {
-                e->entry = entry + from;
-                e->n = n - from < group ? n - from : group;
-                plan_walk(e->entry, e->n);
-                if (train) fit_probes(e, train);
-                e->t = t;
-                run_requests(e);
-            }
-        }
+    int64_t n = 0, most = t->kind->output == GENERATES ? 1 : st->n_wanted;
+    if (e->train) most = MOST_FEATURES / e->s->model->dim / e->train->n_items;
+    if (most < 1) most = 1;
+    for (Entry *x = st->entries; x < st->entries + st->n_wanted; x++) {
+        if (count_due(e, x)) entry[n++] = x;
     }
+    plan_walk(entry, n);
+    for (int64_t from = 0; from < n; from += most) {
+        e->entry = entry + from;
+        e->n = n - from < most ? n - from : most;
+        e->entry[0]->common = 0;
+        if (e->train) fit_probes(e);
+        run_requests(e, t);
+    }
+}
+
+// The tasks of --eval and the train set of --probe, checked against the model.
+static void load_tasks(Evaluation *e) {
+    const Model *m = e->s->model;
+    Task *train = e->train = options.probe ? task_load(options.probe) : NULL;
+    Store *st = &e->store;
+    if (train) check_task(train, m);
+    for (int64_t i = 0; i < options.n_evals; i++) {
+        Task *t = task_load(options.evals[i]);
+        check_task(t, m);
+        if (train && (train->kind != t->kind || train->n_labels != t->n_labels)) {
+            die("%s: its kind or labels are not those of %s", t->path, train->path);
+        }
+        if (!train && t->kind->output == CLASSIFIES) match_labels(t, m);
+        t->identity = task_line(t, train);
+        store_task(st, t);
+        if (st->n_tasks == i) die("%s: task %s is given twice", t->path, t->name);
+    }
+    st->n_wanted_tasks = st->n_tasks;
 }
 
 // --eval: all tasks under one schedule, or under those of a sweep.
 static void evaluate(Session *s, Schedule schedule) {
     const Model *m = s->model;
-    Evaluation e = {.s = s, .store = {.layers = m->n_layers}};
+    Evaluation e = {.s = s, .started = seconds()};
     Store *st = &e.store;
-    Task *train = options.probe ? task_load(options.probe) : NULL;
     Text id = {0};
     text_printf(&id, "#painters-results\t1\tmodel=%016llx\tfamily=%s\tlayers=%d\tbos=%s\tkv=%s\t"
                 "head=%s",
                 options.out ? (unsigned long long)hash_bytes(m->file, m->bytes) : 0,
                 m->arch == LLAMA ? "llama" : "bert", m->n_layers,
                 m->arch == BERT ? "-" : options.bos ? "bos" : "no-bos",
-                s->kv_mean ? "mean" : "exact",
-                options.head ? options.head : "-");
+                s->kv_mean ? "mean" : "exact", options.head ? options.head : "-");
     store_identity(st, id.s);
-    if (train) check_task(train, m, true);
-    for (int64_t i = 0; i < options.n_evals; i++) {
-        Task *t = task_load(options.evals[i]);
-        check_task(t, m, train != NULL);
-        if (train && (train->kind != t->kind || train->n_labels != t->n_labels)) {
-            die("%s: its kind or labels are not those of %s", t->path, train->path);
-        }
-        if (!train && t->kind->output == CLASSIFIES) match_labels(t, m, options.head);
-        if (train) {
-            Text line = {0};
-            text_printf(&line, "%s\tprobe=%016llx\tstrength=%g", t->identity,
-                        (unsigned long long)train->hash, options.strength);
-            t->identity = line.s;
-        }
-        store_task(st, t);
-        if (st->n_tasks == i) die("%s: task %s is given twice", t->path, t->name);
-    }
+    load_tasks(&e);
     if (options.sweep) sweep_schedules(st, options.sweep);
     else store_schedule(st, schedule);
     st->n_wanted = st->n_entries;
-    st->n_wanted_tasks = st->n_tasks;
     if (options.out) store_open(st, options.out);
     if (options.log) {
         e.log = open_written(options.log, "w");
@@ -5188,7 +5166,10 @@ static void evaluate(Session *s, Schedule schedule) {
     }
     signal(SIGINT, on_interrupt);
     signal(SIGTERM, on_interrupt);
-    run_tasks(&e, train);
+    for (e.task = 0; e.task < st->n_wanted_tasks; e.task++) {
+        for (int64_t i = 0; i < st->n_wanted; i++) e.answers_due += count_due(&e, &st->entries[i]);
+    }
+    for (e.task = 0; e.task < st->n_wanted_tasks; e.task++) run_task(&e, st->tasks[e.task]);
     if (st->out) close_written(st->out, st->path);
     if (e.log) close_written(e.log, options.log);
     if (options.sweep && s->layer_passes) {
@@ -5199,28 +5180,21 @@ static void evaluate(Session *s, Schedule schedule) {
     show_results(st, options.svg);
 }
 
-// The listener of --cosine: keeps the states between steps, one copy of the rows each.
-static void keep_state(Session *s, void *data) {
-    float **at = data;
-    int64_t size = s->batch.n_rows * s->model->dim;
-    memcpy(*at, s->x, (size_t)size * sizeof **at);
-    *at += size;
-}
-
 // Cosine similarity of every pair of hidden states of one sequence, flattened over its positions,
 // added to sum [n][n].
-static void add_cosines(Session *s, const Schedule *schedule, const Task *t, Request r,
-                        double *sum, int64_t n) {
-    int64_t size = r.n * s->model->dim;
-    float *state = allocate(n * size, sizeof *state, "hidden states"), *at = state;
-    r.mask_at = -1;
-    s->listener = keep_state;
-    s->listener_data = &at;
+static void add_cosines(Session *s, const Schedule *schedule, const Task *t, Request *r,
+                        double *sum) {
+    int64_t size = r->n * s->model->dim, n = schedule->n_steps + 1;
+    const int64_t *first = schedule->first;
+    float *state = allocate(n * size, sizeof *state, "hidden states");
+    r->mask_at = -1;
     session_reset(s, 0);
-    add_rows(s, t, &r, sequence_new(s, -1, r.n, 1), 0, r.n);
-    forward(s, schedule);
-    s->listener = NULL;
-    s->listener_data = NULL;
+    add_sequence(s, t, r, -1, 0, r->n);
+    embed(s);
+    for (int64_t i = 0; i < n; i++) {
+        if (i) run_step(s, schedule->layer + first[i - 1], first[i] - first[i - 1], 0);
+        memcpy(state + i * size, s->x, (size_t)size * sizeof *state);
+    }
     #pragma omp parallel for
     for (int64_t pair = 0; pair < n * n; pair++) {
         const float *a = state + pair / n * size, *b = state + pair % n * size;
@@ -5239,7 +5213,7 @@ static void add_cosines(Session *s, const Schedule *schedule, const Task *t, Req
 static Task *cosine_task(const Model *m) {
     if (*options.cosine) {
         Task *t = task_load(options.cosine);
-        check_task(t, m, false);
+        check_task(t, m);
         for (int64_t i = 0; i < t->n_items && (options.limit < 0 || i < options.limit); i++) {
             t->kind->ask(t, m, options.bos, i);
         }
@@ -5247,11 +5221,8 @@ static Task *cosine_task(const Model *m) {
     }
     Task *t = allocate(1, sizeof *t, "task");
     Request *r = new_request(t, 0);
-    if ((m->arch == BERT || options.bos) && m->bos >= 0) ids_push(&t->pool, m->bos);
-    encode(need_tokenizer(m), options.prompt, (int64_t)strlen(options.prompt), &t->pool);
-    if (m->arch == BERT && m->eos >= 0) ids_push(&t->pool, m->eos);
+    t->pool = prompt_ids(m, options.prompt, options.bos);
     r->n = r->segment_from = t->pool.n;
-    if (!r->n) die("--prompt: no tokens; give some text");
     return t;
 }
 
@@ -5263,29 +5234,25 @@ static void cosine(Session *s, const Schedule *schedule) {
     int n;
     text_printf(&heading, "emb %s", schedule_text(schedule));
     char **name = split(heading.s, ' ', &n);
-    double *sum = allocate(n * (int64_t)n, sizeof *sum, "similarities"), started = seconds();
-    int64_t done = 0;
+    double *mean = allocate(n * (int64_t)n, sizeof *mean, "similarities"), started = seconds();
+    double lowest = 1, done = 0;
     for (int64_t i = 0; i < t->n_requests; i++) {
-        const Request *r = &t->requests[i];
+        Request *r = &t->requests[i];
         if (i && r->mask_at >= 0 && r->first == r[-1].first) continue;  // a window of running text
-        add_cosines(s, schedule, t, *r, sum, n);
+        add_cosines(s, schedule, t, r, mean);
         done++;
         progress("cosine", i + 1, t->n_requests, started);
     }
-    double lowest = 1;
     for (int i = 0; i < n; i++) printf("\t%s", name[i]);
-    for (int i = 0; i < n; i++) {
-        printf("\n%s", name[i]);
-        for (int j = 0; j < n; j++) {
-            double *mean = &sum[i * (int64_t)n + j];
-            *mean /= (double)done;
-            lowest = *mean < lowest ? *mean : lowest;
-            printf("\t%.6f", *mean);
-        }
+    for (int64_t i = 0; i < n * (int64_t)n; i++) {
+        mean[i] /= done;
+        lowest = mean[i] < lowest ? mean[i] : lowest;
+        if (i % n == 0) printf("\n%s", name[i / n]);
+        printf("\t%.6f", mean[i]);
     }
     putchar('\n');
     if (options.svg) {
-        heatmap_svg(options.svg, "Cosine similarity of hidden states", sum, n, n, "state after",
+        heatmap_svg(options.svg, "Cosine similarity of hidden states", mean, n, n, "state after",
                     "state after", name, name, lowest, 1);
     }
 }
