@@ -1416,54 +1416,51 @@ static void gelu(float *x, int64_t n) { kernels->gelu(x, n); }
 // sequence owns a segment of keys and values, and may have a parent whose rows come before its own:
 // the choices of a question are children of its context, and read its keys instead of computing
 // them again.
-enum { MAX_DEPTH = 8 };         // a sequence and its ancestors
+enum {
+    MAX_DEPTH = 8,              // a sequence and its ancestors
+    WORTH_THREADS = 1 << 19     // operations; fewer are not worth waking threads for
+};
 
 typedef struct {
-    int parent;                 // index of the sequence that comes before, or -1
-    int64_t before;             // rows of all ancestors: the position of the first own row
-    int64_t length, pending;    // own rows held by the cache, and rows added by the present batch
-    int64_t capacity;           // own rows there is room for, a multiple of 16
+    int parent, depth;          // index of the sequence that comes before, or -1; 1 without one
+    int64_t start, end;         // positions of its first token and behind its last
+    int64_t capacity;           // tokens there is room for, a multiple of 16
     int64_t n_slots;            // places of the schedule that keep their keys and values. 1: they
                                 // are read in this pass only, and one slot serves every layer
     float *data;                // [n_slots][kv_heads] x { K [capacity/16][head_dim][16],
-    int64_t data_capacity;      //                         V [capacity][value_stride] }
+    int64_t data_rows;          //                         V [capacity][value_stride] }
 } Sequence;
 
-typedef struct { int sequence; int64_t row, n; } Run;   // rows of one sequence, standing together
+typedef struct { int id, segment, sequence; int64_t position; } Token;  // segment: BERT's token type
+typedef struct { int64_t row, n; } Run;         // neighbouring rows of one sequence, at most RUN
+enum { RUN = 32 };
 
 typedef struct {                // the rows that the next pass runs
-    int64_t n_rows, capacity, n_runs, runs_capacity;
-    int *token, *segment;       // [rows]; segment is BERT's token type
-    int64_t *position;          // [rows]
-    float *rope;                // [rows][head_dim / 2][2]: cosine and sine
-    Run *runs;
+    Token *tokens;              // [n_rows]
+    Run *runs;                  // [n_runs]
+    int64_t n_rows, n_runs, row_capacity, run_capacity;
+    int64_t n_pairs;            // of a row and a key that it sees
 } Batch;
 
-typedef struct Session Session;
-struct Session {                // everything a forward pass needs beside the model
+typedef struct {                // everything a forward pass needs beside the model
     const Model *model;
     bool kv_mean;               // --kv mean: one slot per parallel step (SPEC: the public code)
     Sequence *sequences;
     int64_t n_sequences, sequences_capacity;
     Batch batch;
-    float *x;                                   // [rows][dim]: the residual stream
-    float *normed, *out, *input, *sum;          // [rows][dim]
+    float *x, *y, *mean;                        // [rows][dim]: the residual stream before a layer,
+                                                // behind it, and the mean of a step's layers
+    float *h;                                   // [rows][dim]: what is to be added to the stream
     float *q, *att;                             // [rows][heads * head_dim]
-    float *k, *v, *k_sum, *v_sum;               // [rows][kv_heads * head_dim]
+    float *k, *v, *k_mean, *v_mean;             // [rows][kv_heads * head_dim]
     float *gate, *up;                           // [rows][hidden]
+    float *rope;                                // [rows][head_dim / 2][2]: cosine and sine
     float *work;                                // what all these are pieces of,
-    int64_t work_rows;                          // and the rows they have room for
-    int64_t layer_passes, layer_rows;           // layers run so far, and rows they ran on
-    void (*listener)(Session *s, void *data);   // called on x after the embedding and each step
-    void *listener_data;
-};
+    int64_t work_rows;                          // and the rows there is room for
+    int64_t layer_passes;                       // layers run so far
+} Session;
 
 static int64_t value_stride(const Model *m) { return (m->head_dim + 15) / 16 * 16; }
-
-// Small work is not worth waking threads for. (Without OpenMP nobody asks.)
-__attribute__((unused)) static bool worth_threads(int64_t operations) {
-    return operations > 1 << 19;
-}
 
 static Session *session_new(const Model *m) {
     Session *s = allocate(1, sizeof *s, "session");
@@ -1471,196 +1468,151 @@ static Session *session_new(const Model *m) {
     return s;
 }
 
-static void batch_free(Batch *b) {
-    release(b->token);
-    release(b->segment);
-    release(b->position);
-    release(b->rope);
-    release(b->runs);
-    *b = (Batch){0};
-}
-
 static void session_free(Session *s) {
     for (int64_t i = 0; i < s->sequences_capacity; i++) release(s->sequences[i].data);
-    release(s->work);
-    batch_free(&s->batch);
     release(s->sequences);
+    release(s->batch.tokens);
+    release(s->batch.runs);
+    release(s->work);
     release(s);
 }
+
+// Ends a pass: the batch's rows stay with their sequences, and the batch is empty.
+static void batch_commit(Session *s) { s->batch.n_rows = s->batch.n_runs = s->batch.n_pairs = 0; }
 
 // Forgets all sequences from index `keep` on; their memory stays for those that follow.
 static void session_reset(Session *s, int64_t keep) {
     s->n_sequences = keep;
-    s->batch.n_rows = s->batch.n_runs = 0;
-    for (int64_t i = 0; i < keep; i++) s->sequences[i].pending = 0;
+    batch_commit(s);
 }
 
-// Makes sequence `i` an empty one with room for `capacity` rows in each of n_slots slots.
+// Makes room for [rows][width] floats; what was there is lost.
+static void make_room(float **p, int64_t *capacity, int64_t rows, int64_t width, const char *what) {
+    if (rows <= *capacity) return;
+    float *more = allocate(rows, width * (int64_t)sizeof *more, what);
+    release(*p);
+    *p = more;
+    *capacity = rows;
+}
+
+// Makes sequence `i` an empty one with room for `capacity` tokens in each of n_slots slots.
 static void sequence_open(Session *s, int64_t i, int parent, int64_t capacity, int64_t n_slots) {
     const Model *m = s->model;
+    const Sequence *p = parent < 0 ? NULL : &s->sequences[parent];
     Sequence *q = &s->sequences[i];
     q->parent = parent;
-    q->length = q->pending = 0;
-    q->n_slots = n_slots;
+    q->depth = p ? p->depth + 1 : 1;
+    if (q->depth > MAX_DEPTH) die("a sequence has over %d ancestors; put them into one", MAX_DEPTH);
+    q->start = q->end = p ? p->end : 0;
     q->capacity = (capacity + 15) / 16 * 16;
-    int64_t row = m->n_kv_heads * (m->head_dim + value_stride(m));
-    if (q->capacity > (int64_t)(PTRDIFF_MAX / 64) / row / n_slots) {
-        die("key/value cache: %lld tokens in %lld places of the schedule are beyond this machine; "
-            "use a shorter schedule or text", (long long)capacity, (long long)n_slots);
-    }
-    if (q->data_capacity < q->capacity * row * n_slots) {
-        release(q->data);
-        q->data_capacity = 0;
-        q->data = NULL;
-        q->data = allocate(q->capacity * row * n_slots, sizeof *q->data, "key/value cache");
-        q->data_capacity = q->capacity * row * n_slots;
-    }
-    const Sequence *p = parent < 0 ? NULL : &s->sequences[parent];
-    q->before = p ? p->before + p->length + p->pending : 0;
+    q->n_slots = n_slots;
+    make_room(&q->data, &q->data_rows, q->capacity * n_slots,
+              m->n_kv_heads * (m->head_dim + value_stride(m)), "key/value cache");
 }
 
-// A new sequence behind `parent` (-1: none) with room for `capacity` rows in each of n_slots slots.
+// A new sequence behind `parent` (-1: none) with room for `capacity` tokens in each of n_slots slots.
 static int sequence_new(Session *s, int parent, int64_t capacity, int64_t n_slots) {
-    int depth = 1;
-    for (int i = parent; i >= 0; i = s->sequences[i].parent) depth++;
-    if (depth > MAX_DEPTH) die("a sequence has over %d ancestors; put them into one", MAX_DEPTH);
     s->sequences = grow(s->sequences, &s->sequences_capacity, s->n_sequences + 1,
                         sizeof *s->sequences, "sequences");
     sequence_open(s, s->n_sequences, parent, capacity, n_slots);
     return (int)s->n_sequences++;
 }
 
-// Adds a token to the batch, behind what its sequence holds. The rows of a sequence stand together,
-// and those of a parent come before its children's. `segment` is BERT's token type.
+// Adds a token to the batch and to its sequence. The rows of a sequence stand together, and those of
+// a parent come before its children's. `segment` is BERT's token type.
 static void batch_add(Session *s, int sequence, int token, int segment) {
-    Sequence *q = &s->sequences[sequence];
     const Model *m = s->model;
+    Sequence *q = &s->sequences[sequence];
     Batch *b = &s->batch;
-    int64_t position = q->before + q->length + q->pending, n = b->n_rows;
     if (token < 0 || token >= m->vocab_size) {
         die("token %d is out of range; the model knows 0 to %d", token, m->vocab_size - 1);
     }
-    if (position >= m->max_length) {
+    if (q->end >= m->max_length) {
         die("the text is longer than the model's context of %d tokens; shorten it", m->max_length);
     }
-    if (n == b->capacity) {
-        int64_t had[3] = {n, n, n * m->head_dim};
-        b->token = grow(b->token, &had[0], n + 1, sizeof *b->token, "batch");
-        b->segment = grow(b->segment, &had[1], n + 1, sizeof *b->segment, "batch");
-        b->position = grow(b->position, &b->capacity, n + 1, sizeof *b->position, "batch");
-        b->rope = grow(b->rope, &had[2], b->capacity * m->head_dim, sizeof *b->rope, "batch");
-    }
-    if (!b->n_runs || b->runs[b->n_runs - 1].sequence != sequence) {
-        b->runs = grow(b->runs, &b->runs_capacity, b->n_runs + 1, sizeof *b->runs, "batch");
-        b->runs[b->n_runs++] = (Run){sequence, n, 0};
+    b->tokens = grow(b->tokens, &b->row_capacity, b->n_rows + 1, sizeof *b->tokens, "batch");
+    b->runs = grow(b->runs, &b->run_capacity, b->n_runs + 1, sizeof *b->runs, "batch");
+    const Run *last = b->n_runs ? &b->runs[b->n_runs - 1] : NULL;
+    if (!last || last->n == RUN || b->tokens[last->row].sequence != sequence) {
+        b->runs[b->n_runs++] = (Run){b->n_rows, 0};
     }
     b->runs[b->n_runs - 1].n++;
-    b->token[n] = token;
-    b->segment[n] = segment;
-    b->position[n] = position;
-    q->pending++;
-    b->n_rows++;
+    b->tokens[b->n_rows++] = (Token){token, segment, sequence, q->end++};
+    b->n_pairs += q->end;
 }
 
-// The keys (or the values) of one KV head in a slot of a sequence.
-static float *cache_at(const Session *s, const Sequence *q, int64_t slot, int head,
-                       bool values) {
+// The keys of one KV head in a slot of a sequence; its values follow behind capacity * head_dim.
+static float *cache_at(const Session *s, const Sequence *q, int64_t slot, int64_t head) {
     const Model *m = s->model;
     if (q->n_slots == 1) slot = 0;
-    int64_t keys = q->capacity * m->head_dim, both = keys + q->capacity * value_stride(m);
-    return q->data + (slot * m->n_kv_heads + head) * both + (values ? keys : 0);
+    return q->data + (slot * m->n_kv_heads + head) * q->capacity * (m->head_dim + value_stride(m));
 }
 
 // Writes the rows' keys and values into the cache: keys in blocks of 16 positions, transposed, so
 // that attention reads 16 keys at a time (Span, section 3).
 static void cache_store(Session *s, int64_t slot, const float *k, const float *v) {
     const Model *m = s->model;
-    int64_t d = m->head_dim, width = m->n_kv_heads * d, stride = value_stride(m);
-    for (int64_t i = 0; i < s->batch.n_runs; i++) {
-        const Run run = s->batch.runs[i];
-        const Sequence *q = &s->sequences[run.sequence];
-        #pragma omp parallel for if (worth_threads(run.n * width))
+    int64_t d = m->head_dim, width = m->n_kv_heads * d;
+    #pragma omp parallel for if (s->batch.n_rows * width > WORTH_THREADS)
+    for (int64_t r = 0; r < s->batch.n_rows; r++) {
+        const Token *token = &s->batch.tokens[r];
+        const Sequence *q = &s->sequences[token->sequence];
+        int64_t at = token->position - q->start;
         for (int head = 0; head < m->n_kv_heads; head++) {
-            float *keys = cache_at(s, q, slot, head, false);
-            float *values = cache_at(s, q, slot, head, true);
-            for (int64_t r = 0; r < run.n; r++) {
-                int64_t at = q->length + r, from = (run.row + r) * width + head * d;
-                float *block = keys + at / 16 * 16 * d + at % 16;
-                for (int64_t j = 0; j < d; j++) block[j * 16] = k[from + j];
-                memcpy(values + at * stride, v + from, (size_t)d * sizeof *v);
-            }
+            float *keys = cache_at(s, q, slot, head), *values = keys + q->capacity * d;
+            int64_t from = r * width + head * d;
+            for (int64_t i = 0; i < d; i++) keys[at / 16 * 16 * d + i * 16 + at % 16] = k[from + i];
+            memcpy(values + at * value_stride(m), v + from, (size_t)d * sizeof *v);
         }
     }
 }
 
-// Attention of all rows over the keys of their sequences and ancestors: s->q in, s->att out. One
-// piece of work is a few rows of one sequence and one KV head.
+// Attention of all rows over the keys and values of their sequences and ancestors: s->q in, s->att
+// out. One piece of work is a run and a KV head, with the query heads that share it.
 static void attention(Session *s, int64_t slot) {
-    enum { PIECE = 32 };
     const Model *m = s->model;
+    const Batch *b = &s->batch;
     int64_t group = m->n_heads / m->n_kv_heads, ld = (int64_t)m->n_heads * m->head_dim;
-    int64_t n_pieces = 0, operations = 0;
-    for (int64_t i = 0; i < s->batch.n_runs; i++) {
-        const Run *run = &s->batch.runs[i];
-        n_pieces += (run->n + PIECE - 1) / PIECE;
-        operations += run->n * (s->batch.position[run->row] + run->n) * ld;
-    }
-    struct { const Run *run; int64_t row; } *pieces = allocate(n_pieces, sizeof *pieces, "attention");
-    for (int64_t i = 0, at = 0; i < s->batch.n_runs; i++) {
-        const Run *run = &s->batch.runs[i];
-        for (int64_t r = 0; r < run->n; r += PIECE, at++) {
-            pieces[at].run = run;
-            pieces[at].row = r;
+    cache_store(s, slot, s->k, s->v);
+    #pragma omp parallel for schedule(dynamic) if (b->n_pairs * ld > WORTH_THREADS)
+    for (int64_t piece = 0; piece < b->n_runs * m->n_kv_heads; piece++) {
+        const Run run = b->runs[b->n_runs - 1 - piece / m->n_kv_heads];     // the longest rows first
+        const Token *first = &b->tokens[run.row];
+        const Sequence *own = &s->sequences[first->sequence];
+        int64_t head = piece % m->n_kv_heads, at = run.row * ld + head * group * m->head_dim;
+        Span spans[MAX_DEPTH], *span = spans + MAX_DEPTH;
+        for (const Sequence *q = own; q; q = q->parent < 0 ? NULL : &s->sequences[q->parent]) {
+            const float *keys = cache_at(s, q, slot, head);
+            *--span = (Span){keys, keys + q->capacity * m->head_dim, q->end - q->start};
         }
+        bool causal = m->arch == LLAMA;         // in BERT every row sees the whole sequence
+        attend(s->att + at, s->q + at, ld, run.n, group, m->head_dim, span, own->depth,
+               causal ? first->position : own->end - run.n, causal);
     }
-    (void)operations;                       // without OpenMP
-    #pragma omp parallel for schedule(dynamic) if (worth_threads(operations))
-    for (int64_t work = 0; work < n_pieces * m->n_kv_heads; work++) {
-        int64_t piece = n_pieces - 1 - work / m->n_kv_heads;    // the longest rows first
-        int head = (int)(work % m->n_kv_heads);
-        const Run *run = pieces[piece].run;
-        int64_t row = pieces[piece].row, n = run->n - row < PIECE ? run->n - row : PIECE;
-        Span spans[MAX_DEPTH];
-        int at = MAX_DEPTH;
-        for (int i = run->sequence; i >= 0 && at > 0; i = s->sequences[i].parent) {
-            const Sequence *q = &s->sequences[i];
-            spans[--at] = (Span){cache_at(s, q, slot, head, false),
-                                 cache_at(s, q, slot, head, true), q->length + q->pending};
-        }
-        int64_t past = s->batch.position[run->row] + row, from = (run->row + row) * ld;
-        if (m->arch == BERT) past = run->n - n;                 // every row sees the whole sequence
-        from += head * group * m->head_dim;
-        attend(s->att + from, s->q + from, ld, n, group, m->head_dim, spans + at, MAX_DEPTH - at,
-               past, m->arch == LLAMA);
-    }
-    release(pieces);
 }
 
-// RMSNorm (Zhang and Sennrich 2019): out = x / rms(x) * weight, for n rows of d.
-static void rms_norm(float *out, const float *x, const float *weight, float eps, int64_t n,
-                     int64_t d) {
-    #pragma omp parallel for if (worth_threads(n * d))
+// RMSNorm (Zhang and Sennrich 2019) of n rows: out = x / rms(x) * weight.
+static void rms_norm(float *out, const float *x, const float *weight, const Model *m, int64_t n) {
+    int64_t d = m->dim;
+    #pragma omp parallel for if (n * d > WORTH_THREADS)
     for (int64_t r = 0; r < n; r++) {
         const float *in = x + r * d;
-        float scale = 1.0f / sqrtf(dot(in, in, d) / (float)d + eps);
+        float scale = 1.0f / sqrtf(dot(in, in, d) / (float)d + m->norm_eps);
         for (int64_t i = 0; i < d; i++) out[r * d + i] = weight[i] * (in[i] * scale);
     }
 }
 
-// LayerNorm (Ba et al. 2016) of x + residual (or of x where residual is NULL), in place in x.
-static void layer_norm(float *x, const float *residual, const float *weight, const float *bias,
-                       float eps, int64_t n, int64_t d) {
-    #pragma omp parallel for if (worth_threads(n * d))
+// LayerNorm (Ba et al. 2016) of n rows, in place: x = (x - mean) / deviation * weight + bias.
+static void layer_norm(float *x, const float *weight, const float *bias, const Model *m, int64_t n) {
+    int64_t d = m->dim;
+    #pragma omp parallel for if (n * d > WORTH_THREADS)
     for (int64_t r = 0; r < n; r++) {
         float *row = x + r * d;
         double mean = 0, variance = 0;
-        for (int64_t i = 0; i < d; i++) {
-            if (residual) row[i] += residual[r * d + i];
-            mean += row[i];
-        }
+        for (int64_t i = 0; i < d; i++) mean += row[i];
         mean /= (double)d;
         for (int64_t i = 0; i < d; i++) variance += (row[i] - mean) * (row[i] - mean);
-        float scale = (float)(1.0 / sqrt(variance / (double)d + eps)), middle = (float)mean;
+        float scale = (float)(1.0 / sqrt(variance / (double)d + m->norm_eps)), middle = (float)mean;
         for (int64_t i = 0; i < d; i++) row[i] = (row[i] - middle) * scale * weight[i] + bias[i];
     }
 }
@@ -1670,11 +1622,10 @@ static void rotate(const Session *s, float *x, int n_heads) {
     const Model *m = s->model;
     int64_t half = m->head_dim / 2, width = (int64_t)n_heads * m->head_dim;
     int64_t step = m->rope == ROPE_PAIRS ? 2 : 1, other = m->rope == ROPE_PAIRS ? 1 : half;
-    #pragma omp parallel for if (worth_threads(s->batch.n_rows * width))
+    #pragma omp parallel for if (s->batch.n_rows * width > WORTH_THREADS)
     for (int64_t r = 0; r < s->batch.n_rows; r++) {
-        const float *turn = s->batch.rope + r * 2 * half;
-        for (int h = 0; h < n_heads; h++) {
-            float *head = x + r * width + h * m->head_dim;
+        const float *turn = s->rope + r * m->head_dim;
+        for (float *head = x + r * width; head < x + (r + 1) * width; head += m->head_dim) {
             for (int64_t i = 0; i < half; i++) {
                 float a = head[i * step], b = head[i * step + other];
                 head[i * step] = a * turn[2 * i] - b * turn[2 * i + 1];
@@ -1684,168 +1635,86 @@ static void rotate(const Session *s, float *x, int n_heads) {
     }
 }
 
-static void add(float *x, const float *y, int64_t n) {
-    #pragma omp parallel for if (worth_threads(n))
-    for (int64_t i = 0; i < n; i++) x[i] += y[i];
+static void add(float *sum, const float *a, const float *b, int64_t n) {
+    #pragma omp parallel for if (n > WORTH_THREADS)
+    for (int64_t i = 0; i < n; i++) sum[i] = a[i] + b[i];
 }
 
-// sum = x, or += x from the second on.
-static void accumulate(float *sum, const float *x, int64_t n, bool first) {
-    if (first) memcpy(sum, x, (size_t)n * sizeof *x);
-    else add(sum, x, n);
-}
-
-static void divide(float *out, const float *x, int64_t n, int64_t by) {
-    #pragma omp parallel for if (worth_threads(n))
-    for (int64_t i = 0; i < n; i++) out[i] = x[i] / (float)by;
-}
-
-// One layer on all rows of the batch: s->x in, s->x out. It knows neither schedule nor task.
+// One layer on all rows of the batch: s->x in, s->y out. It knows neither schedule nor task.
+//     a = x + attention(norm(x))        y = a + feed_forward(norm(a))
 static void llama_layer(Session *s, const Layer *l, int64_t slot) {
     const Model *m = s->model;
-    int64_t n = s->batch.n_rows, d = m->dim, hidden = m->hidden;
-    rms_norm(s->normed, s->x, l->attn_norm, m->norm_eps, n, d);
-    matmul(s->q, s->normed, &l->q, NULL, n);
-    matmul(s->k, s->normed, &l->k, NULL, n);
-    matmul(s->v, s->normed, &l->v, NULL, n);
+    int64_t n = s->batch.n_rows, hidden = m->hidden;
+    rms_norm(s->h, s->x, l->attn_norm, m, n);
+    matmul(s->q, s->h, &l->q, NULL, n);
+    matmul(s->k, s->h, &l->k, NULL, n);
+    matmul(s->v, s->h, &l->v, NULL, n);
     rotate(s, s->q, m->n_heads);
     rotate(s, s->k, m->n_kv_heads);
-    cache_store(s, slot, s->k, s->v);
     attention(s, slot);
-    matmul(s->out, s->att, &l->o, NULL, n);
-    add(s->x, s->out, n * d);
-    rms_norm(s->normed, s->x, l->ffn_norm, m->norm_eps, n, d);
-    matmul(s->gate, s->normed, &l->gate, NULL, n);
-    matmul(s->up, s->normed, &l->up, NULL, n);
-    #pragma omp parallel for if (worth_threads(n * hidden))
+    matmul(s->h, s->att, &l->o, NULL, n);
+    add(s->y, s->x, s->h, n * m->dim);
+
+    rms_norm(s->h, s->y, l->ffn_norm, m, n);
+    matmul(s->gate, s->h, &l->gate, NULL, n);
+    matmul(s->up, s->h, &l->up, NULL, n);
+    #pragma omp parallel for if (n * hidden > WORTH_THREADS)
     for (int64_t r = 0; r < n; r++) silu_multiply(s->gate + r * hidden, s->up + r * hidden, hidden);
-    matmul(s->out, s->gate, &l->down, NULL, n);
-    add(s->x, s->out, n * d);
+    matmul(s->h, s->gate, &l->down, NULL, n);
+    add(s->y, s->y, s->h, n * m->dim);
 }
 
-// The same for BERT: post-norm, biases, GELU, and every row sees the whole sequence.
+// The same for BERT, which normalises behind each sum, has biases, and looks both ways:
+//     a = norm(x + attention(x))        y = norm(a + feed_forward(a))
 static void bert_layer(Session *s, const Layer *l, int64_t slot) {
     const Model *m = s->model;
-    int64_t n = s->batch.n_rows, d = m->dim, hidden = m->hidden;
+    int64_t n = s->batch.n_rows, hidden = m->hidden;
     matmul(s->q, s->x, &l->q, l->q_bias, n);
     matmul(s->k, s->x, &l->k, l->k_bias, n);
     matmul(s->v, s->x, &l->v, l->v_bias, n);
-    cache_store(s, slot, s->k, s->v);
     attention(s, slot);
-    matmul(s->out, s->att, &l->o, l->o_bias, n);
-    layer_norm(s->x, s->out, l->attn_norm, l->attn_norm_bias, m->norm_eps, n, d);
-    matmul(s->up, s->x, &l->up, l->up_bias, n);
-    #pragma omp parallel for if (worth_threads(n * hidden))
+    matmul(s->h, s->att, &l->o, l->o_bias, n);
+    add(s->y, s->x, s->h, n * m->dim);
+    layer_norm(s->y, l->attn_norm, l->attn_norm_bias, m, n);
+
+    matmul(s->up, s->y, &l->up, l->up_bias, n);
+    #pragma omp parallel for if (n * hidden > WORTH_THREADS)
     for (int64_t r = 0; r < n; r++) gelu(s->up + r * hidden, hidden);
-    matmul(s->out, s->up, &l->down, l->down_bias, n);
-    layer_norm(s->x, s->out, l->ffn_norm, l->ffn_norm_bias, m->norm_eps, n, d);
+    matmul(s->h, s->up, &l->down, l->down_bias, n);
+    add(s->y, s->y, s->h, n * m->dim);
+    layer_norm(s->y, l->ffn_norm, l->ffn_norm_bias, m, n);
 }
 
-static void run_layer(Session *s, int layer, int64_t slot) {
-    if (s->model->arch == LLAMA) llama_layer(s, &s->model->layers[layer], slot);
-    else bert_layer(s, &s->model->layers[layer], slot);
-    s->layer_passes++;
-    s->layer_rows += s->batch.n_rows;
+// Takes x into a mean, as number i of n: they are added in their order, and the last one divides.
+static void average(float *mean, const float *x, int64_t size, int64_t i, int64_t n) {
+    #pragma omp parallel for if (size > WORTH_THREADS)
+    for (int64_t j = 0; j < size; j++) {
+        float sum = i == 0 ? x[j] : mean[j] + x[j];
+        mean[j] = i == n - 1 ? sum / (float)n : sum;
+    }
 }
 
-// Slots that a step of n layers takes in the cache.
-static int64_t step_slots(const Session *s, int64_t n) { return s->kv_mean ? 1 : n; }
-
-// One step of a schedule: its layers run one after another on the same input into one sum, in the
-// order they are named, and the sum is divided. Under --kv mean they share a slot: each layer reads
-// its own keys and values of this pass's rows there, and leaves the mean of the group behind.
-static void run_step(Session *s, const int *layers, int64_t n, int64_t slot) {
+// Step i of a schedule: the mean of what its layers make of x, in the order they are named, becomes
+// the new x. Under --kv mean they share a slot: each layer reads its own keys and values of this
+// pass's rows there, and at the end it holds the mean of the group.
+static void run_step(Session *s, const Schedule *schedule, int64_t i) {
     const Model *m = s->model;
+    int64_t first = schedule->first[i], n = schedule->first[i + 1] - first;
     int64_t size = s->batch.n_rows * m->dim, kv = s->batch.n_rows * m->n_kv_heads * m->head_dim;
-    if (n > 1) memcpy(s->input, s->x, (size_t)size * sizeof *s->x);
-    for (int64_t i = 0; i < n; i++) {
-        if (i > 0) memcpy(s->x, s->input, (size_t)size * sizeof *s->x);
-        run_layer(s, layers[i], slot + (s->kv_mean ? 0 : i));
-        if (n == 1) break;
-        accumulate(s->sum, s->x, size, i == 0);
+    for (int64_t j = 0; j < n; j++) {
+        const Layer *l = &m->layers[schedule->layer[first + j]];
+        if (m->arch == LLAMA) llama_layer(s, l, s->kv_mean ? i : first + j);
+        else bert_layer(s, l, s->kv_mean ? i : first + j);
+        s->layer_passes++;
+        average(s->mean, s->y, size, j, n);
         if (!s->kv_mean) continue;
-        accumulate(s->k_sum, s->k, kv, i == 0);
-        accumulate(s->v_sum, s->v, kv, i == 0);
+        average(s->k_mean, s->k, kv, j, n);
+        average(s->v_mean, s->v, kv, j, n);
     }
-    if (n > 1) divide(s->x, s->sum, size, n);
-    if (n > 1 && s->kv_mean) {
-        divide(s->k, s->k_sum, kv, n);
-        divide(s->v, s->v_sum, kv, n);
-        cache_store(s, slot, s->k, s->v);
-    }
-    if (s->listener) s->listener(s, s->listener_data);
-}
-
-// Gives the working memory room for the rows of the batch.
-static void session_room(Session *s) {
-    const Model *m = s->model;
-    if (s->batch.n_rows <= s->work_rows) return;
-    int64_t n = (s->batch.n_rows + 15) / 16 * 16, q = (int64_t)m->n_heads * m->head_dim;
-    int64_t kv = (int64_t)m->n_kv_heads * m->head_dim;
-    const struct { float **p; int64_t width; } wanted[] = {
-        {&s->x, m->dim}, {&s->normed, m->dim}, {&s->out, m->dim}, {&s->input, m->dim},
-        {&s->sum, m->dim}, {&s->q, q}, {&s->att, q}, {&s->k, kv}, {&s->v, kv}, {&s->k_sum, kv},
-        {&s->v_sum, kv}, {&s->gate, m->hidden}, {&s->up, m->hidden}};
-    enum { PIECES = sizeof wanted / sizeof *wanted };
-    int64_t width = 0;
-    for (int i = 0; i < PIECES; i++) width += wanted[i].width;
-    release(s->work);
-    s->work_rows = 0;
-    s->work = NULL;
-    s->work = allocate(n * width, sizeof(float), "activations of a batch");
-    s->work_rows = n;
-    float *at = s->work;
-    for (int i = 0; i < PIECES; at += n * wanted[i++].width) *wanted[i].p = at;
-}
-
-// Starts a pass: the rows' embeddings in s->x.
-static void embed(Session *s) {
-    const Model *m = s->model;
-    int64_t d = m->dim, half = m->head_dim / 2;
-    session_room(s);
-    #pragma omp parallel for if (worth_threads(s->batch.n_rows * d))
-    for (int64_t r = 0; r < s->batch.n_rows; r++) {
-        widen(s->x + r * d, &m->embed, s->batch.token[r]);
-        if (m->arch == LLAMA) {
-            for (int64_t i = 0; i < half; i++) {
-                double angle = (double)((float)s->batch.position[r] * m->rope_frequency[i]);
-                s->batch.rope[(r * half + i) * 2] = (float)cos(angle);
-                s->batch.rope[(r * half + i) * 2 + 1] = (float)sin(angle);
-            }
-            continue;
-        }
-        float *position = s->normed + r * d, *segment = s->out + r * d;
-        widen(segment, &m->segments, s->batch.segment[r]);
-        widen(position, &m->positions, s->batch.position[r]);
-        for (int64_t i = 0; i < d; i++) {
-            s->x[r * d + i] = s->x[r * d + i] + segment[i] + position[i];
-        }
-    }
-    if (m->arch == BERT) {
-        layer_norm(s->x, NULL, m->embed_norm, m->embed_norm_bias, m->norm_eps, s->batch.n_rows, d);
-    }
-    if (s->listener) s->listener(s, s->listener_data);
-}
-
-// Ends a pass: the batch's rows now belong to their sequences, and the batch is empty.
-static void batch_commit(Session *s) {
-    for (int64_t i = 0; i < s->batch.n_runs; i++) {
-        Sequence *q = &s->sequences[s->batch.runs[i].sequence];
-        q->length += q->pending;
-        q->pending = 0;
-    }
-    s->batch.n_rows = s->batch.n_runs = 0;
-}
-
-// Runs the rows of the batch through the steps of a schedule. Afterwards s->x holds their hidden
-// states, [rows][dim], before the final norm; logits() and batch_commit() usually follow.
-static void forward(Session *s, const Schedule *schedule) {
-    embed(s);
-    for (int64_t i = 0, slot = 0; i < schedule->n_steps; i++) {
-        int64_t n = schedule->first[i + 1] - schedule->first[i];
-        run_step(s, schedule->layer + schedule->first[i], n, slot);
-        slot += step_slots(s, n);
-    }
+    if (s->kv_mean) cache_store(s, i, s->k_mean, s->v_mean);
+    float *x = s->x;
+    s->x = s->mean;
+    s->mean = x;
 }
 
 // Slots of the cache that a schedule takes.
@@ -1853,10 +1722,57 @@ static int64_t schedule_slots(const Session *s, const Schedule *schedule) {
     return s->kv_mean ? schedule->n_steps : schedule->n_slots;
 }
 
-// A copy of chosen rows of x: [n][dim].
+// Gives the working memory room for the rows of the batch.
+static void session_room(Session *s) {
+    const Model *m = s->model;
+    int64_t d = m->dim, q = (int64_t)m->n_heads * m->head_dim, hidden = m->hidden;
+    int64_t kv = (int64_t)m->n_kv_heads * m->head_dim, width = 0;
+    int64_t n = (s->batch.n_rows + 15) / 16 * 16;
+    const struct { float **p; int64_t width; } pieces[] = {
+        {&s->x, d}, {&s->y, d}, {&s->mean, d}, {&s->h, d}, {&s->q, q}, {&s->att, q}, {&s->k, kv},
+        {&s->v, kv}, {&s->k_mean, kv}, {&s->v_mean, kv}, {&s->gate, hidden}, {&s->up, hidden},
+        {&s->rope, m->head_dim}};
+    enum { PIECES = sizeof pieces / sizeof *pieces };
+    for (int i = 0; i < PIECES; i++) width += pieces[i].width;
+    make_room(&s->work, &s->work_rows, n, width, "activations of a batch");
+    float *at = s->work;
+    for (int i = 0; i < PIECES; at += n * pieces[i++].width) *pieces[i].p = at;
+}
+
+// Starts a pass: the rows' embeddings in s->x, and how far their positions turn.
+static void embed(Session *s) {
+    const Model *m = s->model;
+    int64_t n = s->batch.n_rows, d = m->dim, half = m->head_dim / 2;
+    session_room(s);
+    #pragma omp parallel for if (n * d > WORTH_THREADS)
+    for (int64_t r = 0; r < n; r++) {
+        const Token *token = &s->batch.tokens[r];
+        float *x = s->x + r * d, *position = s->y + r * d, *segment = s->h + r * d;
+        widen(x, &m->embed, token->id);
+        for (int64_t i = 0; i < half && m->arch == LLAMA; i++) {
+            double angle = (double)((float)token->position * m->rope_frequency[i]);
+            s->rope[(r * half + i) * 2] = (float)cos(angle);
+            s->rope[(r * half + i) * 2 + 1] = (float)sin(angle);
+        }
+        if (m->arch == LLAMA) continue;
+        widen(segment, &m->segments, token->segment);
+        widen(position, &m->positions, token->position);
+        for (int64_t i = 0; i < d; i++) x[i] = x[i] + segment[i] + position[i];
+    }
+    if (m->arch == BERT) layer_norm(s->x, m->embed_norm, m->embed_norm_bias, m, n);
+}
+
+// Runs the rows of the batch through the steps of a schedule. Afterwards s->x holds their hidden
+// states, [rows][dim], before the final norm; logits() and batch_commit() usually follow.
+static void forward(Session *s, const Schedule *schedule) {
+    embed(s);
+    for (int64_t i = 0; i < schedule->n_steps; i++) run_step(s, schedule, i);
+}
+
+// A copy of chosen rows of x, [n][dim], and behind it room for as much again.
 static float *pick_rows(const Session *s, const int64_t *rows, int64_t n) {
     int64_t d = s->model->dim;
-    float *picked = allocate(n * d, sizeof *picked, "rows to score");
+    float *picked = allocate(2 * n * d, sizeof *picked, "rows to score");
     for (int64_t i = 0; i < n; i++) {
         memcpy(picked + i * d, s->x + rows[i] * d, (size_t)d * sizeof *picked);
     }
@@ -1867,55 +1783,54 @@ static float *pick_rows(const Session *s, const int64_t *rows, int64_t n) {
 // head. out: [n][vocab].
 static void logits(Session *s, const int64_t *rows, int64_t n, float *out) {
     const Model *m = s->model;
-    int64_t d = m->dim;
-    float *picked = pick_rows(s, rows, n);
-    float *hidden = allocate(n * d, sizeof *hidden, "rows to score");
-    if (m->arch == LLAMA) {
-        rms_norm(hidden, picked, m->norm, m->norm_eps, n, d);
-        matmul(out, hidden, &m->output, NULL, n);
-    } else {
-        if (!m->has_mlm) die("%s: has no masked-LM head; export a checkpoint with one", m->path);
-        matmul(hidden, picked, &m->mlm, m->mlm_bias, n);
-        gelu(hidden, n * d);
-        layer_norm(hidden, NULL, m->mlm_norm, m->mlm_norm_bias, m->norm_eps, n, d);
-        matmul(out, hidden, &m->mlm_out, m->mlm_out_bias, n);
+    if (m->arch == BERT && !m->has_mlm) {
+        die("%s: has no masked-LM head; export a checkpoint with one", m->path);
     }
-    release(picked);
-    release(hidden);
+    float *x = pick_rows(s, rows, n), *h = x + n * m->dim;
+    if (m->arch == LLAMA) {
+        rms_norm(h, x, m->norm, m, n);
+        matmul(out, h, &m->output, NULL, n);
+    } else {
+        matmul(h, x, &m->mlm, m->mlm_bias, n);
+        gelu(h, n * m->dim);
+        layer_norm(h, m->mlm_norm, m->mlm_norm_bias, m, n);
+        matmul(out, h, &m->mlm_out, m->mlm_out_bias, n);
+    }
+    release(x);
 }
 
 // BERT's pooled output of chosen rows (those of [CLS]): tanh of a dense layer. out: [n][dim].
 static void pooled(Session *s, const int64_t *rows, int64_t n, float *out) {
     const Model *m = s->model;
-    int64_t d = m->dim;
     if (!m->has_pooler) die("%s: has no pooler; export a checkpoint with one", m->path);
-    float *picked = pick_rows(s, rows, n);
-    matmul(out, picked, &m->pooler, m->pooler_bias, n);
-    for (int64_t i = 0; i < n * d; i++) out[i] = tanhf(out[i]);
-    release(picked);
+    float *x = pick_rows(s, rows, n);
+    matmul(out, x, &m->pooler, m->pooler_bias, n);
+    for (int64_t i = 0; i < n * m->dim; i++) out[i] = tanhf(out[i]);
+    release(x);
 }
 
 // 8-bit weights: groups of 32 along a row share a scale, the largest magnitude over 127.
 
-// float16 nearest to f, which is not negative and below 65520.
+// float16 nearest to f, which is not negative; infinity where that is too large.
 static uint16_t to_f16(float f) {
     uint32_t bits;
     if (f < 0x1p-14f) return (uint16_t)lrintf(f * 0x1p24f);
+    if (!(f < 65520)) return 0x7c00;
     memcpy(&bits, &f, sizeof bits);
     return (uint16_t)((bits + 0xfff + (bits >> 13 & 1)) >> 13) - (112 << 10);
 }
 
-// One row in 8 bits. error[0] and error[1] become the sums of squares of what is lost and of all.
+// One row in 8 bits. error[0] and error[1] become the sums of squares of what is lost and of all;
+// they are no numbers where a weight is none, or too large.
 static void quantize_row(int8_t *q, uint16_t *scale, const float *x, int64_t n, double *error) {
     error[0] = error[1] = 0;
     for (int64_t from = 0; from < n; from += 32) {
         int64_t to = n - from < 32 ? n : from + 32;
         float largest = 0;
         for (int64_t i = from; i < to; i++) {
-            if (!(fabsf(x[i]) <= largest)) largest = fabsf(x[i]);
+            if (fabsf(x[i]) > largest) largest = fabsf(x[i]);
         }
-        if (!(largest < 127 * 65504.0f)) error[0] = INFINITY;   // too large, or not a number
-        scale[from / 32] = to_f16(largest < 127 * 65504.0f ? largest / 127 : 0);
+        scale[from / 32] = to_f16(largest / 127);
         float step = from_f16(scale[from / 32]);
         for (int64_t i = from; i < to; i++) {
             float steps = step > 0 ? x[i] / step : 0;
@@ -1927,32 +1842,25 @@ static void quantize_row(int8_t *q, uint16_t *scale, const float *x, int64_t n, 
     }
 }
 
-// Appends a matrix in 8 bits; returns the root of the mean squared error over that of the weights.
-static double write_quantized(FILE *f, const Tensor *w, const char *name) {
-    enum { BLOCK = 256 };                   // rows in memory at a time
-    int64_t groups = (w->cols + 31) / 32, padding = (64 - w->rows * w->cols % 64) % 64;
-    float *wide = allocate(BLOCK * w->cols, sizeof *wide, name);
-    int8_t *q = allocate(BLOCK * w->cols, sizeof *q, name);
-    uint16_t *scale = allocate(w->rows * groups, sizeof *scale, name);
-    double *error = allocate(BLOCK * 2, sizeof *error, name), sum[2] = {0};
-    for (int64_t from = 0; from < w->rows; from += BLOCK) {
-        int64_t rows = w->rows - from < BLOCK ? w->rows - from : BLOCK;
-        #pragma omp parallel for if (worth_threads(rows * w->cols))
-        for (int64_t r = 0; r < rows; r++) {
-            widen(wide + r * w->cols, w, from + r);
-            quantize_row(q + r * w->cols, scale + (from + r) * groups, wide + r * w->cols, w->cols,
-                         error + 2 * r);
-        }
-        for (int64_t i = 0; i < 2 * rows; i++) sum[i % 2] += error[i];
-        fwrite(q, 1, (size_t)(rows * w->cols), f);
+// A matrix in 8 bits, as files hold it. *error becomes the root of the mean squared error over that
+// of the weights.
+static unsigned char *quantize(const Tensor *w, double *error) {
+    int64_t groups = (w->cols + 31) / 32;
+    unsigned char *out = allocate(stored_bytes(Q8, w->rows, w->cols), 1, "8-bit weights");
+    void *scales = out + (w->rows * w->cols + 63) / 64 * 64;
+    double *squares = allocate(w->rows, 2 * sizeof *squares, "errors"), sum[2] = {0};
+    #pragma omp parallel for if (w->rows * w->cols > WORTH_THREADS)
+    for (int64_t r = 0; r < w->rows; r++) {
+        float *row = allocate(w->cols, sizeof *row, "a row of weights");
+        widen(row, w, r);
+        quantize_row((int8_t *)out + r * w->cols, (uint16_t *)scales + r * groups, row, w->cols,
+                     squares + 2 * r);
+        release(row);
     }
-    fwrite((char[64]){0}, 1, (size_t)padding, f);
-    fwrite(scale, sizeof *scale, (size_t)(w->rows * groups), f);
-    release(wide);
-    release(q);
-    release(scale);
-    release(error);
-    return sum[1] > 0 ? sqrt(sum[0] / sum[1]) : sum[0];
+    for (int64_t i = 0; i < 2 * w->rows; i++) sum[i % 2] += squares[i];
+    release(squares);
+    *error = sum[1] > 0 ? sqrt(sum[0] / sum[1]) : sum[0];
+    return out;
 }
 
 // Writes the model to `path` with every matrix in 8 bits and all else as it is, and prints what each
@@ -1961,54 +1869,48 @@ static void model_quantize(const Model *m, const char *path) {
     int64_t header_bytes = read_i64(m->file + 24), end = header_bytes;
     unsigned char *header = allocate(header_bytes, 1, "header");
     memcpy(header, m->file, (size_t)header_bytes);
-    for (int i = 0; i < m->n_tensors; i++) {
-        unsigned char *e = header + 192 + 96 * (int64_t)i;
-        uint32_t type = read_u32(e + 60) == 2 ? Q8 : read_u32(e + 56);
-        int64_t bytes = stored_bytes((int)type, m->tensors[i].rows, m->tensors[i].cols);
-        memcpy(e + 56, &type, sizeof type);
-        memcpy(e + 80, &end, sizeof end);
-        memcpy(e + 88, &bytes, sizeof bytes);
+    Text aside = {0};
+    text_printf(&aside, "%s.tmp", path);
+    FILE *f = fopen(aside.s, "wb");
+    if (!f) die("%s: cannot be written: %s; choose another place", path, strerror(errno));
+    fwrite(header, 1, (size_t)header_bytes, f);         // keeps the place of the new one
+    printf("%-24s %8s x %-8s  relative error\n", "matrix", "rows", "columns");
+    for (int i = 0; i < m->n_tensors && !ferror(f); i++) {
+        const Tensor *w = &m->tensors[i];
+        const char *name = tensor_name(m, i);
+        unsigned char *entry = header + 192 + 96 * (int64_t)i, *q8 = NULL;
+        uint32_t type = read_u32(entry + 60) == 2 ? Q8 : (uint32_t)w->type;
+        int64_t bytes = stored_bytes((int)type, w->rows, w->cols);
+        if (type != (uint32_t)w->type) {
+            double error;
+            q8 = quantize(w, &error);
+            printf("%-24s %8lld x %-8lld  %.5f\n", name, (long long)w->rows, (long long)w->cols,
+                   error);
+            if (!(error < INFINITY)) {
+                fclose(f);
+                remove(aside.s);
+                die("%s: tensor %s: has weights that are not numbers of 8 bits; leave it as it is",
+                    m->path, name);
+            }
+        }
+        fwrite(q8 ? q8 : w->data, 1, (size_t)bytes, f);
+        fwrite((char[64]){0}, 1, (size_t)((64 - bytes % 64) % 64), f);
+        release(q8);
+        memcpy(entry + 56, &type, sizeof type);
+        memcpy(entry + 80, &end, sizeof end);
+        memcpy(entry + 88, &bytes, sizeof bytes);
         end += (bytes + 63) / 64 * 64;
     }
     memcpy(header + 16, &end, sizeof end);
     uint32_t checksum = header_checksum(header, header_bytes);
     memcpy(header + 32, &checksum, sizeof checksum);
-
-    Text aside = {0};
-    text_printf(&aside, "%s.tmp", path);
-    FILE *f = fopen(aside.s, "wb");
-    if (!f) die("%s: cannot be written: %s; choose another place", path, strerror(errno));
-    bool good = fwrite(header, 1, (size_t)header_bytes, f) > 0;
-    const char *bad = NULL;
-    printf("%-24s %8s x %-8s  relative error\n", "matrix", "rows", "columns");
-    for (int i = 0; i < m->n_tensors && good && !bad; i++) {
-        const char *name = tensor_name(m, i);
-        const Tensor *w = &m->tensors[i];
-        const unsigned char *e = header + 192 + 96 * (int64_t)i;
-        int64_t bytes = read_i64(e + 88);
-        if (read_u32(e + 60) == 2 && w->type != Q8) {
-            double error = write_quantized(f, w, name);
-            printf("%-24s %8lld x %-8lld  %.5f\n", name, (long long)w->rows, (long long)w->cols,
-                   error);
-            fflush(stdout);
-            if (!(error < INFINITY)) bad = name;
-        } else {
-            fwrite(w->data, 1, (size_t)bytes, f);
-        }
-        fwrite((char[64]){0}, 1, (size_t)((64 - bytes % 64) % 64), f);
-        good = !ferror(f);
-    }
-    if (fclose(f)) good = false;
-    if (bad || !good || rename(aside.s, path)) {
+    bool good = !fseek(f, 0, SEEK_SET) && fwrite(header, 1, (size_t)header_bytes, f) && !ferror(f);
+    if (fclose(f) || !good || rename(aside.s, path)) {
         int reason = errno;
         remove(aside.s);
-        if (bad) die("%s: tensor %s: has weights that are not numbers of 8 bits; leave it as it is",
-                     m->path, bad);
         die("%s: cannot be written: %s; free space or choose another place", path, strerror(reason));
     }
     warn("%s: %.1f MB, of %.1f MB", path, (double)end / 1e6, (double)m->bytes / 1e6);
-    release(aside.s);
-    release(header);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -3997,14 +3899,14 @@ static void walk(Evaluation *e) {
         release(x->state);
         x->state = NULL;
         for (int64_t depth = x->common; depth < sc->n_steps; depth++) {
-            int64_t next = k + 1, at = sc->first[depth], slot = s->kv_mean ? depth : at;
+            int64_t next = k + 1;
             while (next < e->n && e->entry[next]->common > depth) next++;
             if (next < e->n && e->entry[next]->common == depth) {
                 float *state = allocate(size, sizeof *state, "states at a fork");
                 e->entry[next]->state = memcpy(state, s->x, (size_t)size * sizeof *state);
             }
             stop_if_interrupted(e);
-            run_step(s, sc->layer + at, sc->first[depth + 1] - at, slot);
+            run_step(s, sc, depth);
         }
         e->separate_passes += sc->n_slots;
         if (e->t->kind->output == SCORES) score(s, e->target, e->n_targets);
@@ -5185,14 +5087,13 @@ static void evaluate(Session *s, Schedule schedule) {
 static void add_cosines(Session *s, const Schedule *schedule, const Task *t, Request *r,
                         double *sum) {
     int64_t size = r->n * s->model->dim, n = schedule->n_steps + 1;
-    const int64_t *first = schedule->first;
     float *state = allocate(n * size, sizeof *state, "hidden states");
     r->mask_at = -1;
     session_reset(s, 0);
     add_sequence(s, t, r, -1, 0, r->n);
     embed(s);
     for (int64_t i = 0; i < n; i++) {
-        if (i) run_step(s, schedule->layer + first[i - 1], first[i] - first[i - 1], 0);
+        if (i > 0) run_step(s, schedule, i - 1);
         memcpy(state + i * size, s->x, (size_t)size * sizeof *state);
     }
     #pragma omp parallel for
