@@ -1518,6 +1518,13 @@ static int sequence_new(Session *s, int parent, int64_t capacity, int64_t n_slot
     return (int)s->n_sequences++;
 }
 
+// Gives back the memory of a sequence that nobody reads any more.
+static void sequence_close(Session *s, int i) {
+    release(s->sequences[i].data);
+    s->sequences[i].data = NULL;
+    s->sequences[i].data_rows = 0;
+}
+
 // Adds a token to the batch and to its sequence. The rows of a sequence stand together, and those of
 // a parent come before its children's. `segment` is BERT's token type.
 static void batch_add(Session *s, int sequence, int token, int segment) {
@@ -1581,9 +1588,11 @@ static void attention(Session *s, int64_t slot) {
         const Sequence *own = &s->sequences[first->sequence];
         int64_t head = piece % m->n_kv_heads, at = run.row * ld + head * group * m->head_dim;
         Span spans[MAX_DEPTH], *span = spans + MAX_DEPTH;
+        int64_t end = own->end;         // of a parent is read what is before its child's start
         for (const Sequence *q = own; q; q = q->parent < 0 ? NULL : &s->sequences[q->parent]) {
             const float *keys = cache_at(s, q, slot, head);
-            *--span = (Span){keys, keys + q->capacity * m->head_dim, q->end - q->start};
+            *--span = (Span){keys, keys + q->capacity * m->head_dim, end - q->start};
+            end = q->start;
         }
         bool causal = m->arch == LLAMA;         // in BERT every row sees the whole sequence
         attend(s->att + at, s->q + at, ld, run.n, group, m->head_dim, span, own->depth,
@@ -3069,6 +3078,7 @@ typedef struct {
     int64_t first, n;           // tokens fed: task->pool.id[first .. first + n)
     int64_t segment_from;       // BERT: tokens from here on are of segment 1
     int64_t mask_at;            // BERT: this token is fed as [MASK]; -1: none
+    int64_t shared;             // that many are the same as the request before it begins with
     int64_t row;                // the first row that is scored, counted from the first fed token
     int64_t target, n_targets;  // rows row, row + 1, ... are scored against pool.id[target], ...
     double loglik, prediction;  // the answer
@@ -3083,6 +3093,7 @@ typedef struct Kind Kind;
 typedef struct {
     char *path, *name, *head, *header;      // header: the first line, as it stands
     char *identity;                         // the line that says which task results are of
+    int index;                              // among the tasks of a run
     const Kind *kind;
     const Metric *metrics[8];
     int n_metrics, n_labels, n_stops;
@@ -3193,6 +3204,7 @@ static void ask_generate(Task *t, const Model *m, bool bos, int64_t item) {
     encode(m->tokenizer, prompt, (int64_t)strlen(prompt), &t->pool);
     end_request(t, r, m->max_length - t->max_tokens);
     r->row = r->n - 1;
+    r->n_targets = 1;           // the first token behind it
 }
 
 // text: rolling windows as the harness cuts them (BOS first, one token of context), or for BERT
@@ -3456,6 +3468,7 @@ static Task *task_load(const char *path) {
     if (!strcmp(t->kind->name, "classify") && t->n_labels < 2) {
         die("%s: line 1: labels=A|B|... is needed for kind classify", path);
     }
+    if (!strcmp(t->kind->name, "regress")) t->n_labels = 1;     // one output, the number itself
     if (n_lines < 2) die("%s: line 2: no items; a task has at least one", path);
     t->n_items = n_lines - 1;
     t->items = allocate(t->n_items, sizeof *t->items, "items");
@@ -3508,9 +3521,8 @@ typedef struct {                // results: in memory, and line by line in an ap
     int n_tasks, n_wanted_tasks;
     char *identity, family[8], bos[8];      // identity: the line that says what results belong to
     int layers;
-    const char *reading, *path;             // the file being read, for errors; --out
-    int64_t line;
-    FILE *out;
+    Text place;                             // what is being read, for errors: "FILE: line 7"
+    FILE *out;                              // --out
 } Store;
 
 static const Intervention *intervention_named(const char *name, size_t n) {
@@ -3553,20 +3565,20 @@ static void store_task(Store *st, Task *t) {
             t->path, t->name);
     }
     if (st->n_tasks == MAX_TASKS) die("%s: over %d tasks in one run", t->path, MAX_TASKS);
+    t->index = st->n_tasks;
     st->tasks[st->n_tasks++] = t;
 }
 
 // Room for what is kept of an item: state, values.
-static double *kept_of(const Store *st, Entry *e, int task, int64_t item) {
-    const Task *t = st->tasks[task];
+static double *kept_of(Entry *e, const Task *t, int64_t item) {
     int64_t n = 1 + t->kind->width;
-    if (!e->kept[task]) e->kept[task] = allocate(t->n_items * n, sizeof(double), "results");
-    return e->kept[task] + item * n;
+    double **kept = &e->kept[t->index];
+    if (!*kept) *kept = allocate(t->n_items * n, sizeof **kept, "results");
+    return *kept + item * n;
 }
 
 _Noreturn static void bad_line(const Store *st, const char *fault) {
-    die("%s: line %lld: %s; choose another file, or remove the line", st->reading,
-        (long long)st->line, fault);
+    die("%s: %s; choose another file, or remove the line", st->place.s, fault);
 }
 
 // What results belong to, the first line of a result file: that of this run, or else of the file.
@@ -3581,27 +3593,12 @@ static void store_identity(Store *st, const char *line) {
     }
 }
 
-// The line of a result file that says which task results are of: how many items it has, the hash
-// of its file (with --probe, of the train file too), and its header.
-static char *task_line(const Task *t, const Task *train) {
-    Text line = {0};
-    text_printf(&line, "#task\t%lld\t%016llx", (long long)t->n_items, (unsigned long long)t->hash);
-    if (train) {
-        text_printf(&line, " probe=%016llx strength=%g", (unsigned long long)train->hash,
-                    options.strength);
-    }
-    text_printf(&line, "%s", t->header + strlen("#painters-task\t1"));
-    return line.s;
-}
-
-// A task as such a line knows it.
+// A task as its line in a result file knows it: #task, items, hashes, and its own header's options.
 static Task *task_from_line(const Store *st, const char *line) {
     Task *t = allocate(1, sizeof *t, "task");
-    Text place = {0};
     int n;
     char **field = split(copy_string(line), '\t', &n);
-    text_printf(&place, "%s: line %lld", st->reading, (long long)st->line);
-    *t = (Task){.path = place.s, .identity = copy_string(line), .chance = NAN};
+    *t = (Task){.path = copy_string(st->place.s), .identity = copy_string(line), .chance = NAN};
     for (int i = 3; i < n; i++) task_option(t, field[i]);
     if (!t->name || !t->n_metrics || !parse_int(field[1], 1, INT64_MAX / 64, &t->n_items)) {
         bad_line(st, "not the description of a task");
@@ -3611,15 +3608,14 @@ static Task *task_from_line(const Store *st, const char *line) {
 
 // The schedule that a key of a result file names.
 static Schedule key_schedule(const Store *st, const char *key) {
-    if (!strcmp(key, "baseline")) return schedule_build(NULL, st->layers, -1, -1);
-    if (!strncmp(key, "path:", 5)) return schedule_parse(key + 5, st->layers, st->reading);
+    if (!strncmp(key, "path:", 5)) return schedule_parse(key + 5, st->layers, st->place.s);
     int n;
     char **part = split(copy_string(key), ':', &n);
     const Intervention *v = intervention_named(part[0], strlen(part[0]));
-    int64_t start, argument = -1;
-    if (!v || n != (v->argument_flag ? 3 : 2) ||
-        !parse_int(part[1], 0, largest_start(v, st->layers), &start) ||
-        (n == 3 && !parse_int(part[2], v->lowest, v->highest, &argument))) {
+    int64_t start = -1, argument = -1;
+    if (n != (v ? v->argument_flag ? 3 : 2 : 1) || (!v && strcmp(key, "baseline")) ||
+        (n > 1 && !parse_int(part[1], 0, largest_start(v, st->layers), &start)) ||
+        (n > 2 && !parse_int(part[2], v->lowest, v->highest, &argument))) {
         bad_line(st, "no schedule of such a model");
     }
     return schedule_build(v, st->layers, start, argument);
@@ -3637,7 +3633,7 @@ static void store_result(Store *st, char *line) {
     }
     Entry *e = store_find(st, field[1]);
     if (!e) e = store_schedule(st, key_schedule(st, field[1]));
-    double value[16], *kept = kept_of(st, e, task, item);
+    double value[16], *kept = kept_of(e, t, item);
     for (int i = 0; i < n - 3; i++) {
         bool label = i && t->kind->output == CLASSIFIES && t->kind->columns[0] == 'g';
         double lowest = i ? 0 : DONE, highest = i ? t->n_labels - 1 : DONE_CUT;
@@ -3657,17 +3653,17 @@ static void store_result(Store *st, char *line) {
 // Reads a result file into the store and returns the length of its whole lines: a line that a kill
 // left unfinished is not counted.
 static int64_t store_read(Store *st, const char *path) {
-    int64_t bytes;
+    int64_t bytes, line = 0;
     char *text = read_file(path, &bytes), *at = text, *stop;
-    st->reading = path;
-    for (st->line = 1; (stop = memchr(at, '\n', (size_t)(text + bytes - at))); st->line++) {
+    for (; (stop = memchr(at, '\n', (size_t)(text + bytes - at))); at = stop + 1) {
+        st->place.n = 0;
+        text_printf(&st->place, "%s: line %lld", path, (long long)++line);
         *stop = 0;
         if (strlen(at) < (size_t)(stop - at)) bad_line(st, "a NUL byte");
         if (!strncmp(at, "#painters-results\t", 18)) store_identity(st, at);
-        else if (!st->identity || st->line == 1) bad_line(st, "not a result file");
+        else if (!st->identity || line == 1) bad_line(st, "not a result file");
         else if (!strncmp(at, "#task\t", 6)) store_task(st, task_from_line(st, at));
         else store_result(st, at);
-        at = stop + 1;
     }
     release(text);
     return at - text;
@@ -3681,13 +3677,12 @@ static FILE *open_written(const char *path, const char *mode) {
 
 // Opens --out: reads what is there, cuts off a line that a kill left unfinished, and adds the lines
 // that say what follows.
-static void store_open(Store *st, const char *path) {
-    st->path = path;
-    st->out = open_written(path, "ab");
+static void store_open(Store *st) {
+    st->out = open_written(options.out, "ab");
     fseek(st->out, 0, SEEK_END);
-    int64_t length = ftell(st->out), whole = length > 0 ? store_read(st, path) : 0;
+    int64_t length = ftell(st->out), whole = length > 0 ? store_read(st, options.out) : 0;
     if (whole < length && ftruncate(fileno(st->out), whole)) {
-        die("%s: cannot be cut: %s", path, strerror(errno));
+        die("%s: cannot be cut: %s", options.out, strerror(errno));
     }
     fprintf(st->out, "%s\n", st->identity);
     for (int i = 0; i < st->n_wanted_tasks; i++) fprintf(st->out, "%s\n", st->tasks[i]->identity);
@@ -3736,38 +3731,32 @@ typedef struct {                // the evaluator at work on the items of one tas
     Entry **entry;              // [n]: the schedules of a walk, in its order
     int64_t n;
     Task *t, *train;            // train: of --probe, or NULL
-    int task;                   // which of the store's tasks is evaluated: t, unless
-    bool pooling;               // t is the train set, whose features are collected
     int64_t first, last;        // the batch holds requests first .. last-1
     Target *target;             // [n_targets]: its rows to score
     int64_t n_targets, capacity;
-    int64_t prefix;             // tokens that all requests begin with: sequence 0, the parent of
-    bool prefix_kept;           // the others, computed once or in every batch
+    int64_t *row_at;            // [max_length + 1]: where the last request's tokens are in the batch
+    int64_t prefix;             // tokens that all requests begin with, kept as sequence 0; or 0
     int64_t answers, answers_due;
     int64_t separate_passes;    // layer passes that a run of its own per schedule would need
     double started;
     FILE *log;
 } Evaluation;
 
-static volatile sig_atomic_t interrupted;
+// Ctrl-C and termination: all that was finished is in --out already.
+static const char *farewell;
 
-static void on_interrupt(int signal_number) { interrupted = signal_number; }
-
-// Stops where Ctrl-C or a termination signal asked for it; all that was finished is in --out.
-static void stop_if_interrupted(const Evaluation *e) {
-    const char *path = e->store.path;
-    if (!interrupted) return;
-    warn("\nstopped; %s%s", path ? path : "with --out FILE a run can be continued", path ?
-         " keeps what is done, and the same command goes on from there" : "");
-    exit(128 + (int)interrupted);
+static void on_interrupt(int signal_number) {
+    if (write(fileno(stderr), farewell, strlen(farewell)) < 0) _Exit(1);
+    _Exit(128 + signal_number);
 }
 
-// Whether this run has still to answer an item of the task under a schedule.
-static bool due(const Evaluation *e, Entry *x, int64_t item) {
-    if (e->pooling) return true;
+// Whether this run has still to answer an item of a task under a schedule. Of the train items, whose
+// features are collected before anything is answered, it needs all.
+static bool due(Entry *x, const Task *t, int64_t item) {
+    if (x->features) return true;
     if (options.limit >= 0 && item >= options.limit) return false;
     if (item % options.n_parts != options.part - 1) return false;
-    return kept_of(&e->store, x, e->task, item)[0] == MISSING;
+    return kept_of(x, t, item)[0] == MISSING;
 }
 
 // Fills in what the model says behind rows of the batch, some at a time: the log-likelihoods of
@@ -3797,10 +3786,6 @@ static void score(Session *s, Target *target, int64_t n) {
     release(z);
 }
 
-static int n_outputs(const Task *t) {
-    return strcmp(t->kind->name, "regress") ? t->n_labels : 1;
-}
-
 // What the classifier, or a schedule's probe, makes of the batch's [CLS] rows.
 static void classify(Evaluation *e, Entry *entry) {
     const Head *h = e->t->classifier;
@@ -3813,16 +3798,16 @@ static void classify(Evaluation *e, Entry *entry) {
     if (h) matmul(z, x, &h->weight, h->bias, n);
     for (int64_t j = 0; j < n; j++) {
         Request *r = e->target[j].request;
-        const float *own = x + j * d, *score = z + j * width;
+        const float *own = x + j * d, *scores = z + j * width;
         int best = 0;
         r->text.n = 0;
         for (int k = 0; k < width; k++) {
-            text_printf(&r->text, "%s%.6f", k ? " " : "", (double)score[k]);
-            if (score[k] > score[best]) best = k;
+            text_printf(&r->text, "%s%.6f", k ? " " : "", (double)scores[k]);
+            if (scores[k] > scores[best]) best = k;
         }
-        if (e->pooling) memcpy(entry->features + r->item * d, own, (size_t)d * sizeof *own);
-        else if (!h) r->prediction = probe_predict(entry->weights, own, d, n_outputs(e->t));
-        else r->prediction = h->regression ? (double)score[0] : e->t->label_of[best];
+        if (entry->features) memcpy(entry->features + r->item * d, own, (size_t)d * sizeof *own);
+        else if (!h) r->prediction = probe_predict(entry->weights, own, d, e->t->n_labels);
+        else r->prediction = h->regression ? (double)scores[0] : e->t->label_of[best];
     }
     release(rows);
     release(x);
@@ -3870,20 +3855,46 @@ static void keep_answers(Evaluation *e, Entry *x, int64_t from, int64_t end) {
         const Request *r = &t->requests[from];
         for (to = from + 1; to < end && t->requests[to].item == r->item; to++) {}
         bool over = to == t->n_requests || t->requests[to].item != r->item;
-        e->answers += e->pooling;
-        if (e->pooling || !due(e, x, r->item)) continue;
-        double *kept = kept_of(&e->store, x, e->task, r->item);
+        e->answers += over && due(x, t, r->item);
+        if (x->features || !due(x, t, r->item)) continue;
+        double *kept = kept_of(x, t, r->item);
         t->kind->value(t, r, to - from, kept + 1);
         if (!over) continue;            // the others of the item are in the next batch
         kept[0] = t->cut[r->item] ? DONE_CUT : DONE;
-        e->answers++;
         write_result(e, x, kept, r, to - from);
     }
     if (out && (fflush(out) || ferror(out))) {
         die("%s: cannot be written: %s; free space, then run the same command again",
-            e->store.path, strerror(errno));
+            options.out, strerror(errno));
     }
     progress(t->name, e->answers, e->answers_due, e->started);
+}
+
+// Lets the texts that are being generated grow by their likeliest tokens. One that has come to its end
+// is kept, and makes room for the next.
+static void take_tokens(Evaluation *e) {
+    const Task *t = e->t;
+    const Model *m = e->s->model;
+    for (Target *v = e->target + e->n_targets; v-- > e->target;) {
+        Text *text = &v->request->text;
+        int64_t i = v->request - t->requests;
+        char *cut = NULL;
+        text_add(text, "", 0);
+        if (v->best != m->eos) decode(m->tokenizer, v->begun ? v->best : -1, v->best, text);
+        v->begun |= v->best != m->bos;          // until then a text begins (-1)
+        for (int k = 0; k < t->n_stops; k++) {  // cut at the first of the stop texts
+            char *stop = strstr(text->s, t->stops[k]);
+            if (stop && (!cut || stop < cut)) cut = stop;
+        }
+        if (cut) {
+            *cut = 0;
+            text->n = cut - text->s;
+        }
+        if (++v->made < t->max_tokens && !cut && v->best != m->eos) continue;
+        keep_answers(e, e->entry[0], i, i + 1);
+        sequence_close(e->s, v->sequence);
+        *v = e->target[--e->n_targets];
+    }
 }
 
 // Runs the batch through all schedules of the walk. The rows are saved where a later schedule
@@ -3905,26 +3916,14 @@ static void walk(Evaluation *e) {
                 float *state = allocate(size, sizeof *state, "states at a fork");
                 e->entry[next]->state = memcpy(state, s->x, (size_t)size * sizeof *state);
             }
-            stop_if_interrupted(e);
             run_step(s, sc, depth);
         }
         e->separate_passes += sc->n_slots;
-        if (e->t->kind->output == SCORES) score(s, e->target, e->n_targets);
         if (e->t->kind->output == CLASSIFIES) classify(e, x);
-        keep_answers(e, x, e->first, e->last);
+        else score(s, e->target, e->n_targets);
+        if (e->t->kind->output == GENERATES) take_tokens(e);
+        else keep_answers(e, x, e->first, e->last);
     }
-}
-
-// How many tokens n requests all begin with.
-static int64_t common_tokens(const Task *t, const Request *r, int64_t n) {
-    int64_t common = r->n;
-    for (int64_t i = 1; i < n; i++) {
-        const int *a = t->pool.id + r->first, *b = t->pool.id + r[i].first;
-        int64_t k = 0;
-        while (k < common && k < r[i].n && a[k] == b[k]) k++;
-        common = k;
-    }
-    return common;
 }
 
 // Puts the tokens of a request from position `from` up to `to` into the batch.
@@ -3937,155 +3936,112 @@ static void add_rows(Session *s, const Task *t, const Request *r, int sequence, 
     }
 }
 
-// The same in a new sequence behind `parent`, which stays the last one where there are no tokens.
-static int add_sequence(Session *s, const Task *t, const Request *r, int parent, int64_t from,
-                        int64_t to) {
-    if (from == to) return parent;
-    int q = sequence_new(s, parent, to - from, 1);
-    add_rows(s, t, r, q, from, to);
+// Puts a request into the batch. The tokens that it shares with the one before it are read in the
+// sequence q of that one, or in its ancestors. Returns its own sequence, which has room for so many
+// tokens `more`.
+static int add_request(Evaluation *e, Request *r, int q, int64_t more, int64_t n_slots) {
+    Session *s = e->s;
+    int64_t shared = s->batch.n_rows ? r->shared : e->prefix;
+    while (q >= 0 && s->sequences[q].start >= shared) q = s->sequences[q].parent;
+    if (q >= 0 && s->sequences[q].depth == MAX_DEPTH) {
+        shared = s->sequences[q].start;
+        q = s->sequences[q].parent;
+    }
+    for (int64_t j = shared; j < r->n; j++) e->row_at[j] = s->batch.n_rows + j - shared;
+    if (shared < r->n) {
+        q = sequence_new(s, q, r->n - shared + more, n_slots);
+        s->sequences[q].start = s->sequences[q].end = shared;
+        add_rows(s, e->t, r, q, shared, r->n);
+    }
+    e->target = grow(e->target, &e->capacity, e->n_targets + r->n_targets, sizeof *e->target,
+                     "tokens to score");
+    for (int64_t j = 0; j < r->n_targets; j++) {
+        e->target[e->n_targets++] = (Target){.request = r, .row = e->row_at[r->row + j],
+                                             .token = e->t->pool.id[r->target + j], .sequence = q};
+    }
     return q;
 }
 
-// Fills the batch with requests from `from` on, whole items at a time, until it has its tokens.
-// What the requests of an item have in common is a sequence of its own, with them as its children.
-static void open_batch(Evaluation *e, int64_t from) {
+enum { CACHE_MEGABYTES = 2048 };        // for keys and values; beyond it texts wait
+
+// Fills the batch: with a row of each text that is being generated, and with the next requests, whole
+// items at a time, until it has its tokens. A request shares what it begins with in common with the
+// one before it: the choices of a question their context, questions their examples. Many texts grow
+// in the same passes, and as some end, the prompts of others come in, so that passes stay full: a
+// sweep of 12 layers took 0.74 of the time of one that shared prompts between schedules and let each
+// batch run out.
+static void fill_batch(Evaluation *e) {
     Session *s = e->s;
+    const Model *m = s->model;
     Task *t = e->t;
     Request *r = t->requests;
-    session_reset(s, e->prefix_kept);
-    int prefix = e->prefix_kept ? 0 : add_sequence(s, t, r, -1, 0, e->prefix);
-    e->first = e->last = from;
-    e->n_targets = 0;
-    for (int64_t end; e->last < t->n_requests; e->last = end) {
-        end = e->last + 1;
-        while (end < t->n_requests && !t->kind->adds && r[end].item == r[end - 1].item) end++;
-        int64_t shared = common_tokens(t, r + e->last, end - e->last), rows = shared - e->prefix;
-        for (int64_t i = e->last; i < end; i++) rows += r[i].n - shared;
-        if (e->last > from && s->batch.n_rows + rows > options.batch) break;
-        int64_t above = s->batch.n_rows - e->prefix;
-        int parent = add_sequence(s, t, &r[e->last], prefix, e->prefix, shared);
-        for (int64_t i = e->last; i < end; i++) {
-            int64_t own = s->batch.n_rows - shared;
-            add_sequence(s, t, &r[i], parent, shared, r[i].n);
-            e->target = grow(e->target, &e->capacity, e->n_targets + r[i].n_targets,
-                             sizeof *e->target, "tokens to score");
-            for (int64_t j = 0; j < r[i].n_targets; j++) {
-                int64_t at = r[i].row + j;      // is in the batch at own + at, or among the shared
-                e->target[e->n_targets++] = (Target){.request = &r[i],
-                    .row = at + (at < shared ? above : own), .token = t->pool.id[r[i].target + j]};
-            }
-        }
+    bool grows = t->kind->output == GENERATES;
+    int64_t more = grows ? t->max_tokens : 0, cached = 0;
+    int64_t n_slots = grows ? schedule_slots(s, &e->entry[0]->schedule) : 1;
+    double token_bytes = 4.0 * (double)(n_slots * m->n_kv_heads * (m->head_dim + value_stride(m)));
+    int q = e->prefix ? 0 : -1;
+    batch_commit(s);
+    if (!grows) {
+        session_reset(s, e->prefix > 0);
+        e->n_targets = 0;
+    }
+    for (Target *v = e->target; v < e->target + e->n_targets; v++) {
+        v->row = s->batch.n_rows;
+        batch_add(s, v->sequence, v->best, 0);
+        cached += s->sequences[v->sequence].capacity;
+    }
+    for (e->first = e->last; e->last < t->n_requests;) {
+        int64_t end = e->last, rows = 0;
+        do rows += r[end].n - r[end].shared;
+        while (++end < t->n_requests && !t->kind->adds && r[end].item == r[end - 1].item);
+        cached += rows + more;
+        if (s->batch.n_rows && (s->batch.n_rows + rows > options.batch ||
+                                (double)cached * token_bytes > CACHE_MEGABYTES * 1e6)) break;
+        while (e->last < end) q = add_request(e, &r[e->last++], q, more, n_slots);
     }
 }
 
-// Adds the likeliest token to a text that is being generated; true when it has come to its end.
-static bool take_token(const Evaluation *e, Target *v) {
-    const Task *t = e->t;
+// Makes the requests of what is due of a task under the schedules of the walk. The tokens that all
+// of them begin with, before the first row that is scored, are run only once where there is one
+// schedule (the keys and values of many would not fit into memory).
+static void ask(Evaluation *e, Task *t) {
     const Model *m = e->s->model;
-    Text *text = &v->request->text;
-    char *cut = NULL;
-    v->made++;
-    if (v->best == m->eos) return true;
-    decode(m->tokenizer, v->begun ? v->best : -1, v->best, text);   // -1: a text begins
-    v->begun |= v->best != m->bos;
-    for (int i = 0; i < t->n_stops; i++) {      // cut at the first of the stop texts
-        char *stop = strstr(text->s, t->stops[i]);
-        if (stop && (!cut || stop < cut)) cut = stop;
+    bool llama = m->arch == LLAMA;
+    while (t->n_requests) release(t->requests[--t->n_requests].text.s);
+    t->pool.n = 0;
+    for (int64_t item = 0; item < t->n_items; item++) {
+        bool any = false;
+        for (int64_t k = 0; k < e->n && !any; k++) any = due(e->entry[k], t, item);
+        if (any) t->kind->ask(t, m, options.bos, item);
     }
-    if (cut) {
-        *cut = 0;
-        text->n = cut - text->s;
-    }
-    return cut || v->made >= t->max_tokens;
-}
-
-// Memory for the keys and values of texts being generated; beyond it they wait.
-enum { CACHE_MEGABYTES = 2048 };
-
-// Greedy generation under one schedule. Many texts grow in the same passes, a token each; as some
-// end, the prompts of others come in, so that passes stay full: a sweep of 12 layers took 0.74 of
-// the time of one that shared prompts between schedules and let each batch run out.
-static void generate(Evaluation *e) {
-    Session *s = e->s;
-    Task *t = e->t;
-    Entry *x = e->entry[0];
-    const Model *m = s->model;
-    int64_t n_slots = schedule_slots(s, &x->schedule), n = 0, opened = 0;
-    int parent = e->prefix_kept ? 0 : -1;
-    double row_bytes = 4.0 * (double)(n_slots * m->n_kv_heads * (m->head_dim + value_stride(m)));
-    Target *text = allocate(t->n_requests, sizeof *text, "texts");  // n, then those that have ended
-    session_reset(s, e->prefix_kept);
-    for (int64_t next = 0;;) {
-        int64_t cached = 0;
-        for (int64_t k = 0; k < n; k++) {
-            text[k].row = s->batch.n_rows;
-            batch_add(s, text[k].sequence, text[k].best, 0);
-            cached += text[k].request->n - e->prefix + t->max_tokens;
-        }
-        for (; next < t->n_requests; next++, n++) {
-            Request *r = &t->requests[next];
-            int64_t rows = r->n - e->prefix, room = rows + t->max_tokens;
-            cached += room;
-            if (n && (s->batch.n_rows + rows > options.batch ||
-                      (double)cached * row_bytes > CACHE_MEGABYTES * 1e6)) break;
-            int q = text[n].sequence;           // of a text that has ended
-            if (n < opened) sequence_open(s, q, parent, room, n_slots);
-            else q = sequence_new(s, parent, room, n_slots), opened++;
-            add_rows(s, t, r, q, e->prefix, r->n);
-            text[n] = (Target){.request = r, .row = s->batch.n_rows - 1, .sequence = q};
-            text_add(&r->text, "", 0);
-        }
-        if (!n) break;
-        walk(e);
-        batch_commit(s);
-        score(s, text, n);
-        for (int64_t k = n - 1; k >= 0; k--) {
-            Target ended = text[k];
-            if (!take_token(e, &text[k])) continue;
-            keep_answers(e, x, ended.request - t->requests, ended.request - t->requests + 1);
-            text[k] = text[--n];
-            text[n] = ended;
-        }
-    }
-    release(text);
-}
-
-// Few-shot text: the tokens that all requests begin with, before the first row that is scored.
-static int64_t common_prefix(const Session *s, const Task *t) {
-    if (s->model->arch == BERT || s->kv_mean || t->kind->adds || !t->n_requests) return 0;
-    int64_t n = common_tokens(t, t->requests, t->n_requests);
+    e->prefix = llama && e->n == 1 && !e->s->kv_mean ? m->max_length : 0;
     for (int64_t i = 0; i < t->n_requests; i++) {
-        if (t->requests[i].row < n) n = t->requests[i].row;
+        Request *r = &t->requests[i], *before = i && llama ? r - 1 : NULL;
+        const int *id = t->pool.id;
+        while (before && r->shared < r->n && r->shared < before->n &&
+               id[r->first + r->shared] == id[before->first + r->shared]) r->shared++;
+        if (before && r->shared < e->prefix) e->prefix = r->shared;
+        if (r->row < e->prefix) e->prefix = r->row;
     }
-    return n < 16 ? 0 : n;
+    if (e->prefix < 16) e->prefix = 0;          // not worth a pass
+    for (int64_t i = 0; i < t->n_requests && t->kind->output == GENERATES; i++) {
+        t->requests[i].shared = e->prefix;      // the text before it may have ended
+    }
 }
 
 // Answers what is due of a task under the schedules of the walk.
 static void run_requests(Evaluation *e, Task *t) {
     Session *s = e->s;
     e->t = t;
-    while (t->n_requests) release(t->requests[--t->n_requests].text.s);
-    t->pool.n = 0;
-    for (int64_t item = 0; item < t->n_items; item++) {
-        bool any = false;
-        for (int64_t k = 0; k < e->n && !any; k++) any = due(e, e->entry[k], item);
-        if (any) t->kind->ask(t, s->model, options.bos, item);
-    }
-    e->prefix = common_prefix(s, t);
-    e->prefix_kept = e->prefix && e->n == 1;    // of many schedules it would not fit into memory
     e->first = e->last = e->n_targets = 0;
-    if (e->prefix_kept) {
-        session_reset(s, 0);
+    ask(e, t);
+    session_reset(s, 0);
+    if (e->prefix) {
         int q = sequence_new(s, -1, e->prefix, schedule_slots(s, &e->entry[0]->schedule));
         add_rows(s, t, t->requests, q, 0, e->prefix);
         walk(e);
-        batch_commit(s);
     }
-    if (t->kind->output == GENERATES) generate(e);
-    else while (e->last < t->n_requests) {
-        open_batch(e, e->last);
-        walk(e);
-    }
+    for (fill_batch(e); s->batch.n_rows; fill_batch(e)) walk(e);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -4796,37 +4752,21 @@ static void report_figures(const char *where, const Row *rows, int64_t n) {
 // 11. Runs: --eval, --probe, --sweep, --report, --cosine
 // ------------------------------------------------------------------------------------------------
 
-// Adds the schedules of one --sweep word: all starts of a method (random:SEEDS, loop:R or
-// loop:R1-R2), or path:FILE with one path a line.
-static void sweep_word(Store *st, const char *word) {
+// Adds all starts of a method to a sweep: "skip", "random:SEEDS", "loop:R" or "loop:R1-R2".
+static void sweep_method(Store *st, const char *word) {
     size_t length = strcspn(word, ":");
-    const char *argument = word[length] ? word + length + 1 : NULL;
     const Intervention *v = intervention_named(word, length);
-    int n;
-    if (argument && !strncmp(word, "path:", 5)) {
-        int64_t bytes;
-        char **line = split(read_file(argument, &bytes), '\n', &n);
-        for (int i = 0; i < n && (*line[i] || i + 1 < n); i++) {
-            Text place = {0};
-            text_printf(&place, "%s: line %d", argument, i + 1);
-            line[i][strcspn(line[i], "\r")] = 0;
-            store_schedule(st, schedule_parse(line[i], st->layers, place.s));
-        }
-        return;
-    }
-    if (!v) die("--sweep: \"%s\" is no method; use skip, repeat, ..., or path:FILE", word);
-    const char *takes = v->argument_flag;
-    bool seeds = takes && !strcmp(takes, "seed");
-    int64_t low = v->standard, high = seeds ? 9 : low;
-    if (argument) {
-        char **end = split(copy_string(argument), '-', &n);
-        if (!takes || n > (seeds ? 1 : 2) || !parse_int(end[0], 1, 100000, &low) ||
-            !parse_int(end[n - 1], low, 100000, &high)) {
-            die("--sweep: \"%s\": expected a method, random:SEEDS, loop:R or loop:R1-R2, from 1",
-                word);
-        }
+    const char *takes = v ? v->argument_flag : NULL;
+    bool seeds = takes && !strcmp(takes, "seed"), good = v != NULL;
+    int64_t low = good ? v->standard : 0, high = seeds ? 9 : low;
+    if (word[length]) {
+        int n;
+        char **end = split(copy_string(word + length + 1), '-', &n);
+        good = takes && n <= (seeds ? 1 : 2) && parse_int(end[0], 1, 100000, &low) &&
+               parse_int(end[n - 1], low, 100000, &high);
         if (seeds) low = 0, high--;
     }
+    if (!good) die("--sweep: \"%s\": expected a method, random:SEEDS, loop:R1-R2, path:FILE", word);
     for (int64_t start = 0; start <= largest_start(v, st->layers); start++) {
         for (int64_t a = low; a <= high; a++) {
             store_schedule(st, schedule_build(v, st->layers, start, a));
@@ -4834,19 +4774,32 @@ static void sweep_word(Store *st, const char *word) {
     }
 }
 
-// The baseline and all schedules of a --sweep list.
-static void sweep_schedules(Store *st, const char *sweep) {
-    int n;
-    char **word = split(copy_string(sweep), ',', &n);
+// The baseline and all schedules of a --sweep list: methods, and files with one path a line.
+static void sweep_schedules(Store *st) {
+    int n_words, n;
+    char **word = split(copy_string(options.sweep), ',', &n_words);
     store_schedule(st, schedule_build(NULL, st->layers, -1, -1));
-    for (int i = 0; i < n; i++) sweep_word(st, word[i]);
+    for (char **w = word; w < word + n_words; w++) {
+        int64_t bytes;
+        if (strncmp(*w, "path:", 5)) {
+            sweep_method(st, *w);
+            continue;
+        }
+        char **line = split(read_file(*w + 5, &bytes), '\n', &n);
+        for (int i = 0; i < n && (*line[i] || i + 1 < n); i++) {
+            st->place.n = 0;
+            text_printf(&st->place, "%s: line %d", *w + 5, i + 1);
+            line[i][strcspn(line[i], "\r")] = 0;
+            store_schedule(st, schedule_parse(line[i], st->layers, st->place.s));
+        }
+    }
 }
 
 // --sweep LIST --show: the schedules, one a line, and how much of their work is shared.
-static void show_sweep(const char *sweep, int T) {
+static void show_sweep(int T) {
     Store st = {.layers = T};
     int64_t separate = 0;
-    sweep_schedules(&st, sweep);
+    sweep_schedules(&st);
     Entry **entry = allocate(st.n_entries, sizeof *entry, "schedules");
     for (int64_t i = 0; i < st.n_entries; i++) {
         entry[i] = &st.entries[i];
@@ -4867,24 +4820,20 @@ static void match_labels(Task *t, const Model *m) {
     for (int i = 0; i < m->n_heads_named; i++) {
         if (name ? !strcmp(m->heads[i].name, name) : m->n_heads_named == 1) h = &m->heads[i];
     }
-    if (!h) {
-        die("%s: has %d classifiers%s%s; name one with --head, or use --probe", m->path,
-            m->n_heads_named, name ? ", none called " : "", name ? name : "");
+    bool regress = !strcmp(t->kind->name, "regress"), known = true;
+    if (!h || regress != h->regression || t->n_labels != h->n_labels) {
+        die("%s: of its %d classifiers %s is not one for task %s, with %d outputs; name another with "
+            "--head, or use --probe", m->path, m->n_heads_named, name ? name : "the only one",
+            t->name, t->n_labels);
     }
-    bool regress = !strcmp(t->kind->name, "regress");
-    if (regress != h->regression || n_outputs(t) != h->n_labels) {
-        die("%s: task %s has %d labels and classifier %s %d outputs; choose another with --head",
-            t->path, t->name, n_outputs(t), h->name, h->n_labels);
-    }
-    int known = 0;
     t->classifier = h;
     t->label_of = allocate(h->n_labels, sizeof *t->label_of, "labels");
     for (int i = 0; i < h->n_labels && !regress; i++) {
         int *j = &t->label_of[i];
         while (*j < t->n_labels && strcmp(h->labels[i], t->labels[*j])) ++*j;
-        known += *j < t->n_labels;
+        known &= *j < t->n_labels;
     }
-    if (regress || known == h->n_labels) return;
+    if (known) return;
     for (int i = 0; i < h->n_labels; i++) t->label_of[i] = i;
     warn("%s: the labels of classifier %s (%s, ...) are not those of task %s: taken in order",
          m->path, h->name, h->labels[0], t->name);
@@ -4976,30 +4925,27 @@ static void report_files(void) {
 static void fit_probes(Evaluation *e) {
     Task *train = e->train;
     int64_t n = train->n_items, d = e->s->model->dim;
-    int outputs = n_outputs(train);
     double *gold = allocate(n, sizeof *gold, "labels");
     for (int64_t i = 0; i < n; i++) gold[i] = gold_of(train, i);
     for (int64_t k = 0; k < e->n; k++) {
         e->entry[k]->features = allocate(n * d, sizeof(float), "pooled features");
     }
-    e->pooling = true;
     run_requests(e, train);
-    e->pooling = false;
     for (int64_t k = 0; k < e->n; k++) {
         Entry *x = e->entry[k];
-        x->weights = allocate(outputs * (d + 1), sizeof *x->weights, "probes");
-        probe_fit(x->features, gold, n, d, outputs, options.strength, x->weights);
+        x->weights = allocate(train->n_labels * (d + 1), sizeof *x->weights, "probes");
+        probe_fit(x->features, gold, n, d, train->n_labels, options.strength, x->weights);
         release(x->features);
-        stop_if_interrupted(e);
+        x->features = NULL;
     }
     release(gold);
 }
 
 // Answers that are due of a task under a schedule; those of the train items count too.
-static int64_t count_due(Evaluation *e, Entry *x) {
-    int64_t n = 0, n_items = e->store.tasks[e->task]->n_items;
-    for (int64_t item = 0; item < n_items; item++) n += due(e, x, item);
-    return n + (n && e->train ? e->train->n_items : 0);
+static int64_t count_due(Entry *x, const Task *t, const Task *train) {
+    int64_t n = 0;
+    for (int64_t item = 0; item < t->n_items; item++) n += due(x, t, item);
+    return n && train ? n + train->n_items : n;
 }
 
 enum { MOST_FEATURES = 256000000 };     // of train items under schedules held at a time: a gigabyte
@@ -5012,7 +4958,7 @@ static void run_task(Evaluation *e, Task *t) {
     if (e->train) most = MOST_FEATURES / e->s->model->dim / e->train->n_items;
     if (most < 1) most = 1;
     for (Entry *x = st->entries; x < st->entries + st->n_wanted; x++) {
-        if (count_due(e, x)) entry[n++] = x;
+        if (count_due(x, t, NULL)) entry[n++] = x;
     }
     plan_walk(entry, n);
     for (int64_t from = 0; from < n; from += most) {
@@ -5024,55 +4970,67 @@ static void run_task(Evaluation *e, Task *t) {
     }
 }
 
-// The tasks of --eval and the train set of --probe, checked against the model.
-static void load_tasks(Evaluation *e) {
+// Begins the results of a run: what they belong to, its tasks and its schedules. Opens --out.
+static void begin_results(Evaluation *e, Schedule schedule) {
     const Model *m = e->s->model;
-    Task *train = e->train = options.probe ? task_load(options.probe) : NULL;
     Store *st = &e->store;
-    if (train) check_task(train, m);
-    for (int64_t i = 0; i < options.n_evals; i++) {
-        Task *t = task_load(options.evals[i]);
-        check_task(t, m);
-        if (train && (train->kind != t->kind || train->n_labels != t->n_labels)) {
-            die("%s: its kind or labels are not those of %s", t->path, train->path);
-        }
-        if (!train && t->kind->output == CLASSIFIES) match_labels(t, m);
-        t->identity = task_line(t, train);
-        store_task(st, t);
-        if (st->n_tasks == i) die("%s: task %s is given twice", t->path, t->name);
-    }
-    st->n_wanted_tasks = st->n_tasks;
-}
-
-// --eval: all tasks under one schedule, or under those of a sweep.
-static void evaluate(Session *s, Schedule schedule) {
-    const Model *m = s->model;
-    Evaluation e = {.s = s, .started = seconds()};
-    Store *st = &e.store;
     Text id = {0};
     text_printf(&id, "#painters-results\t1\tmodel=%016llx\tfamily=%s\tlayers=%d\tbos=%s\tkv=%s\t"
                 "head=%s",
                 options.out ? (unsigned long long)hash_bytes(m->file, m->bytes) : 0,
                 m->arch == LLAMA ? "llama" : "bert", m->n_layers,
                 m->arch == BERT ? "-" : options.bos ? "bos" : "no-bos",
-                s->kv_mean ? "mean" : "exact", options.head ? options.head : "-");
+                e->s->kv_mean ? "mean" : "exact", options.head ? options.head : "-");
     store_identity(st, id.s);
-    load_tasks(&e);
-    if (options.sweep) sweep_schedules(st, options.sweep);
+    if (options.probe) e->train = task_load(options.probe);
+    if (e->train) check_task(e->train, m);
+    for (; st->n_wanted_tasks < options.n_evals; st->n_wanted_tasks++) {
+        Task *t = task_load(options.evals[st->n_wanted_tasks]), *train = e->train;
+        check_task(t, m);
+        if (train && (train->kind != t->kind || train->n_labels != t->n_labels)) {
+            die("%s: its kind or labels are not those of %s", t->path, train->path);
+        }
+        if (!train && t->kind->output == CLASSIFIES) match_labels(t, m);
+        Text line = {0};
+        text_printf(&line, "#task\t%lld\t%016llx", (long long)t->n_items, (unsigned long long)t->hash);
+        if (train) {
+            text_printf(&line, " probe=%016llx strength=%g", (unsigned long long)train->hash,
+                        options.strength);
+        }
+        text_printf(&line, "%s", t->header + strlen("#painters-task\t1"));
+        t->identity = line.s;
+        store_task(st, t);
+        if (st->n_tasks == st->n_wanted_tasks) die("%s: task %s is given twice", t->path, t->name);
+    }
+    if (options.sweep) sweep_schedules(st);
     else store_schedule(st, schedule);
     st->n_wanted = st->n_entries;
-    if (options.out) store_open(st, options.out);
+    if (options.out) store_open(st);
+}
+
+// --eval: all tasks under one schedule, or under those of a sweep.
+static void evaluate(Session *s, Schedule schedule) {
+    const char *out = options.out;
+    Evaluation e = {.s = s};
+    Store *st = &e.store;
+    e.row_at = allocate(s->model->max_length + 1, sizeof *e.row_at, "rows of a text");
+    begin_results(&e, schedule);
     if (options.log) {
         e.log = open_written(options.log, "w");
         fputs("#task\tschedule\titem\tstate (2: cut)\tkept values\tscores or text\n", e.log);
     }
+    farewell = quiet ? "" : out ? "\nstopped; the same command goes on from there\n"
+                                : "\nstopped; with --out FILE a run can be continued\n";
     signal(SIGINT, on_interrupt);
     signal(SIGTERM, on_interrupt);
-    for (e.task = 0; e.task < st->n_wanted_tasks; e.task++) {
-        for (int64_t i = 0; i < st->n_wanted; i++) e.answers_due += count_due(&e, &st->entries[i]);
+    for (int i = 0; i < st->n_wanted_tasks; i++) {
+        for (int64_t k = 0; k < st->n_wanted; k++) {
+            e.answers_due += count_due(&st->entries[k], st->tasks[i], e.train);
+        }
     }
-    for (e.task = 0; e.task < st->n_wanted_tasks; e.task++) run_task(&e, st->tasks[e.task]);
-    if (st->out) close_written(st->out, st->path);
+    e.started = seconds();
+    for (int i = 0; i < st->n_wanted_tasks; i++) run_task(&e, st->tasks[i]);
+    if (st->out) close_written(st->out, out);
     if (e.log) close_written(e.log, options.log);
     if (options.sweep && s->layer_passes) {
         warn("layer passes: %lld run, %lld for a run of its own per schedule: %.2f times less",
@@ -5090,7 +5048,7 @@ static void add_cosines(Session *s, const Schedule *schedule, const Task *t, Req
     float *state = allocate(n * size, sizeof *state, "hidden states");
     r->mask_at = -1;
     session_reset(s, 0);
-    add_sequence(s, t, r, -1, 0, r->n);
+    add_rows(s, t, r, sequence_new(s, -1, r->n, 1), 0, r->n);
     embed(s);
     for (int64_t i = 0; i < n; i++) {
         if (i > 0) run_step(s, schedule, i - 1);
@@ -5110,29 +5068,23 @@ static void add_cosines(Session *s, const Schedule *schedule, const Task *t, Req
     release(state);
 }
 
-// The sequences of a task file, or the one of a prompt, for --cosine.
-static Task *cosine_task(const Model *m) {
+// --cosine: the paper's similarity matrix, averaged over a task's sequences or of one prompt, one
+// sequence in memory at a time.
+static void cosine(Session *s, const Schedule *schedule) {
+    const Model *m = s->model;
+    Task *t = *options.cosine ? task_load(options.cosine) : allocate(1, sizeof *t, "task");
+    Text heading = {0};
+    int n;
     if (*options.cosine) {
-        Task *t = task_load(options.cosine);
         check_task(t, m);
         for (int64_t i = 0; i < t->n_items && (options.limit < 0 || i < options.limit); i++) {
             t->kind->ask(t, m, options.bos, i);
         }
-        return t;
+    } else {
+        Request *r = new_request(t, 0);
+        t->pool = prompt_ids(m, options.prompt, options.bos);
+        r->n = r->segment_from = t->pool.n;
     }
-    Task *t = allocate(1, sizeof *t, "task");
-    Request *r = new_request(t, 0);
-    t->pool = prompt_ids(m, options.prompt, options.bos);
-    r->n = r->segment_from = t->pool.n;
-    return t;
-}
-
-// --cosine: the paper's similarity matrix, averaged over a task's sequences or of one prompt, one
-// sequence in memory at a time.
-static void cosine(Session *s, const Schedule *schedule) {
-    Task *t = cosine_task(s->model);
-    Text heading = {0};
-    int n;
     text_printf(&heading, "emb %s", schedule_text(schedule));
     char **name = split(heading.s, ' ', &n);
     double *mean = allocate(n * (int64_t)n, sizeof *mean, "similarities"), started = seconds();
@@ -5387,7 +5339,7 @@ static void run_command(void) {
     Schedule schedule = chosen_schedule(m ? m->n_layers : (int)options.layers);
     Session *s = session_new(m);
     s->kv_mean = options.kv && !strcmp(options.kv, "mean");
-    if (options.show && options.sweep) show_sweep(options.sweep, schedule.n_layers);
+    if (options.show && options.sweep) show_sweep(schedule.n_layers);
     else if (options.show) puts(schedule_text(&schedule));
     else if (options.info) print_info(m);
     else if (options.quantize) model_quantize(m, options.quantize);
