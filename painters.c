@@ -3637,10 +3637,11 @@ static void store_result(Store *st, char *line) {
     for (int i = 0; i < n - 3; i++) {
         bool label = i && t->kind->output == CLASSIFIES && t->kind->columns[0] == 'g';
         double lowest = i ? 0 : DONE, highest = i ? t->n_labels - 1 : DONE_CUT;
-        if (!parse_double(field[3 + i], &value[i]) || ((label || !i) && !(value[i] >= lowest &&
-            value[i] <= highest && value[i] == floor(value[i])))) {
-            bad_line(st, "a value is no number, or not one that can stand there");
+        bool good = parse_double(field[3 + i], &value[i]);
+        if (label || i == 0) {
+            good = good && value[i] >= lowest && value[i] <= highest && value[i] == floor(value[i]);
         }
+        if (!good) bad_line(st, "a value is no number, or not one that can stand there");
     }
     size_t bytes = (size_t)(n - 3) * sizeof *kept;
     if (kept[0] != MISSING && memcmp(kept, value, bytes)) {
@@ -4822,9 +4823,9 @@ static void match_labels(Task *t, const Model *m) {
     }
     bool regress = !strcmp(t->kind->name, "regress"), known = true;
     if (!h || regress != h->regression || t->n_labels != h->n_labels) {
-        die("%s: of its %d classifiers %s is not one for task %s, with %d outputs; name another with "
-            "--head, or use --probe", m->path, m->n_heads_named, name ? name : "the only one",
-            t->name, t->n_labels);
+        die("%s: task %s needs a classifier with %d outputs; \"%s\" names none such of the %d here; "
+            "choose with --head, or use --probe", m->path, t->name, t->n_labels, name ? name : "",
+            m->n_heads_named);
     }
     t->classifier = h;
     t->label_of = allocate(h->n_labels, sizeof *t->label_of, "labels");
