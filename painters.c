@@ -19,8 +19,8 @@
 // MIT License; see LICENSE. Model files come from export.py; README.md documents their format.
 
 #ifndef LANES       // section 3 compiles a part of this file several times, by including it
-#if !defined _POSIX_C_SOURCE && !defined _GNU_SOURCE
-#define _POSIX_C_SOURCE 200809L
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
 #endif
 #include <errno.h>
 #include <float.h>
@@ -924,12 +924,10 @@ static void plain_gelu(float *x, int64_t n) {
 
 
 
-
-// The fast paths. 3b is written once, for vectors of LANES floats, and compiled once a path by this
-// file including itself.
-// gcc for Windows cannot align 32-byte vectors on the stack (its bug 54412).
+// The fast paths. Section 3b is written once, for vectors of LANES floats, and compiled once a path
+// by this file including itself. ACCUMULATORS is how many sums the vector registers hold at a time.
 #if defined __x86_64__ && (!defined _WIN32 || defined __clang__)
-#define HAVE_AVX2
+#define HAVE_AVX            // gcc for Windows cannot align wide vectors on the stack (its bug 54412)
 #include <cpuid.h>
 #include <immintrin.h>
 #endif
@@ -937,17 +935,17 @@ static void plain_gelu(float *x, int64_t n) {
 #define ON_PATH_(name, path) ON_PATH__(name, path)
 #define ON_PATH(name) ON_PATH_(name, PATH)
 #define INLINE static inline __attribute__((always_inline))
+#define DO_PRAGMA(text) _Pragma(#text)
 #ifdef __clang__
 #define UNROLL _Pragma("clang loop unroll(full)")
 #define ROLLED _Pragma("clang loop unroll(disable)")
+#define TARGET(t) DO_PRAGMA(clang attribute push(__attribute__((target(t))), apply_to = function))
+#define END_TARGET _Pragma("clang attribute pop")
 #else
 #define UNROLL _Pragma("GCC unroll 16")
 #define ROLLED _Pragma("GCC unroll 1")
-#endif
-#ifdef __x86_64__                       // else compilers read a vector anew for each of its uses
-#define IN_REGISTER(v) __asm__("" : "+x"(v))
-#else
-#define IN_REGISTER(v) (void)(v)
+#define TARGET(t) _Pragma("GCC push_options") DO_PRAGMA(GCC target(t))
+#define END_TARGET _Pragma("GCC pop_options")
 #endif
 #define WEIGHT_BYTES(type) ((type) == F32 ? 4 : (type) == Q8 ? 1 : 2)
 
@@ -955,37 +953,29 @@ enum {
     WIDE = 16,                  // attention: keys, or elements of values, side by side
     PANEL = 24, DEPTH = 512,    // rows and columns of W that stay in the L2 cache
     PAD = 16,                   // rows a power of two apart would share cache lines
-    CHUNK = 128,                // rows of x that meet a panel
+    CHUNK = 128,                // rows of x that meet a panel, at most
     FEW = 32                    // up to so many, W is read as it is stored
 };
 
 #define PATH generic
 #define LANES 4
-#define ROWS 2
+#define ACCUMULATORS 12
 #include "painters.c"
-#undef PATH
-#undef LANES
-#undef ROWS
 
-#ifdef HAVE_AVX2
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
+#ifdef HAVE_AVX
+TARGET("avx2,fma,f16c")
 #define PATH avx2
 #define LANES 8
-#define ROWS 6
+#define ACCUMULATORS 12
 #include "painters.c"
-#undef PATH
-#undef LANES
-#undef ROWS
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+END_TARGET
+
+TARGET("avx512f,avx512bw,avx2,fma,f16c")
+#define PATH avx512
+#define LANES 16
+#define ACCUMULATORS 24
+#include "painters.c"
+END_TARGET
 #endif
 
 #endif  // LANES
@@ -1016,12 +1006,18 @@ enum {
 #define chains_of ON_PATH(chains_of)
 #define chains ON_PATH(chains)
 #define outputs ON_PATH(outputs)
-#define tile ON_PATH(tile)
 #define tile_of ON_PATH(tile_of)
+#define tile ON_PATH(tile)
 #define exp_of ON_PATH(exp_of)
 #define weigh ON_PATH(weigh)
 #undef VECS
-#define VECS (WIDE / LANES)
+#undef IN_REGISTER
+#define VECS (WIDE / LANES)             // vectors side by side in attention
+#ifdef __x86_64__                       // else compilers read a vector anew for each of its uses
+#define IN_REGISTER(v) __asm__("" : "+v"(v))
+#else
+#define IN_REGISTER(v) (void)(v)
+#endif
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
@@ -1034,12 +1030,20 @@ INLINE vec pick(ivec mask, vec yes, vec no) {
 
 INLINE vec load(const float *p) { return *(const loose_vec *)p; }
 
-// All lanes, in one order.
+// All lanes: the upper half is added to the lower one, until one is left.
 INLINE float sum_of(vec v) {
-    for (int half = LANES / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; i++) v[i] += v[i + half];
-    }
-    return v[0];
+#if LANES >= 8
+#if LANES == 16
+    __m256 w = _mm512_castps512_ps256(v) + (__m256)_mm512_extractf64x4_pd((__m512d)v, 1);
+#else
+    __m256 w = v;
+#endif
+    __m128 q = _mm256_castps256_ps128(w) + _mm256_extractf128_ps(w, 1);
+    q += _mm_movehl_ps(q, q);
+    return q[0] + q[1];
+#else
+    return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
 }
 
 // At most n floats in a vector, zeros behind them: tails run through the same code as the rest.
@@ -1058,7 +1062,11 @@ INLINE void store_some(float *p, vec v, int64_t n) {
 // LANES neighbouring weights as float32 (8-bit ones without their scale).
 INLINE vec load_weights(const void *p, const int type) {
     if (type == F32) return load(p);
-#if defined HAVE_AVX2 && LANES == 8
+#if LANES == 16
+    if (type == Q8) return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p)));
+    if (type == F16) return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(p));
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p)), 16);
+#elif LANES == 8
     if (type == Q8) return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p)));
     if (type == F16) return (vec)_mm256_cvtph_ps(_mm_loadu_si128(p));
     return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p)), 16);
@@ -1075,46 +1083,11 @@ INLINE vec load_weights(const void *p, const int type) {
 
 // The scale of 32 8-bit weights, for all lanes.
 INLINE vec load_scale(const uint16_t *p) {
-#if defined HAVE_AVX2 && LANES == 8
-    return (vec)_mm256_cvtph_ps(_mm_set1_epi16((short)*p));
+#if LANES >= 8
+    return _cvtsh_ss(*p) - (vec){0};
 #else
     return from_f16(*p) - (vec){0};
 #endif
-}
-
-// c[rows][WIDE] = or += a[rows][depth] . b[depth][WIDE].
-INLINE void tile_of(const int rows, float *c, int64_t ldc, const float *a, int64_t lda,
-                    const float *b, int64_t ldb, int64_t depth, bool more) {
-    vec sum[6][VECS];
-    UNROLL for (int i = 0; i < rows; i++) {
-        UNROLL for (int v = 0; v < VECS; v++) {
-            sum[i][v] = more ? load(c + i * ldc + v * LANES) : (vec){0};
-        }
-    }
-    for (int64_t k = 0; k < depth; k++) {
-        vec w[VECS];
-        UNROLL for (int v = 0; v < VECS; v++) w[v] = load(b + k * ldb + v * LANES);
-        UNROLL for (int i = 0; i < rows; i++) {
-            UNROLL for (int v = 0; v < VECS; v++) sum[i][v] += a[i * lda + k] * w[v];
-        }
-    }
-    UNROLL for (int i = 0; i < rows; i++) {
-        UNROLL for (int v = 0; v < VECS; v++) *(loose_vec *)(c + i * ldc + v * LANES) = sum[i][v];
-    }
-}
-
-// The same for any number of rows, spread evenly over tiles.
-static void tile(int64_t rows, float *c, int64_t ldc, const float *a, int64_t lda, const float *b,
-                 int64_t ldb, int64_t depth, bool more) {
-    for (int64_t left = (rows + ROWS - 1) / ROWS, n; left > 0; left--) {
-        n = (rows + left - 1) / left;
-        switch (n) {
-#define TILE(n) case n: tile_of(n, c, ldc, a, lda, b, ldb, depth, more); break
-            TILE(1); TILE(2); TILE(3); TILE(4); TILE(5); TILE(6);
-#undef TILE
-        }
-        c += n * ldc, a += n * lda, rows -= n;
-    }
 }
 
 // Columns k .. k + depth of a row of W as float32, with zeros up to a multiple of 32.
@@ -1133,14 +1106,15 @@ static void widen_part(float *out, const Tensor *w, int64_t row, int64_t k, int6
     }
 }
 
-// Adds the first `depth` columns (a multiple of 32) of n rows of x and 8, 6 or 4 of W to their
-// chains, c[n][PANEL][LANES]. Rows that W lacks repeat its last one.
+// Adds the first `depth` columns (a multiple of 32) of n rows of x and m of W to their chains,
+// c[n][PANEL][LANES]. Rows that W lacks repeat its last one. `next` points to rows of x that will
+// be wanted soon: each full tile fetches its part of them.
 INLINE void chains_of(float *c, const float *x, int64_t ldx, const Tensor *w, int64_t row,
                       int64_t depth, const float *next, const int n, const int type) {
-    const int bytes = WEIGHT_BYTES(type), m = n == 1 ? 8 : 12 / n;
-    vec sum[3][8], factor[8];
-    const char *from[8];
-    const uint16_t *scale[8];
+    const int bytes = WEIGHT_BYTES(type), m = n == 1 ? 8 : ACCUMULATORS / n;
+    vec sum[4][12], factor[12];
+    const char *from[12];
+    const uint16_t *scale[12];
     UNROLL for (int j = 0; j < m; j++) {
         int64_t at = row + j < w->rows ? row + j : w->rows - 1;
         from[j] = (const char *)w->data + at * w->cols * bytes;
@@ -1148,10 +1122,11 @@ INLINE void chains_of(float *c, const float *x, int64_t ldx, const Tensor *w, in
         UNROLL for (int i = 0; i < n; i++) sum[i][j] = load(c + (i * PANEL + j) * LANES);
     }
     for (int64_t k = 0; k < depth; k += 32) {
-        if (n == 3) __builtin_prefetch(next + k / 2);
+        if (n * m == ACCUMULATORS) __builtin_prefetch(next + k / (PANEL / ACCUMULATORS));
+        if (n * m == PANEL) __builtin_prefetch(next + k + 16);
         if (type == Q8) UNROLL for (int j = 0; j < m; j++) factor[j] = load_scale(scale[j] + k / 32);
         ROLLED for (int l = 0; l < 32; l += LANES) {
-            vec a[3];
+            vec a[4];
             UNROLL for (int i = 0; i < n; i++) {
                 a[i] = load(x + i * ldx + k + l);
                 IN_REGISTER(a[i]);
@@ -1170,21 +1145,25 @@ INLINE void chains_of(float *c, const float *x, int64_t ldx, const Tensor *w, in
 }
 
 // The same for any number of rows of x and PANEL rows of W. Few rows of x meet many of W at a time,
-// since then reading W is what takes time; three meet four, and the next three are fetched meanwhile.
+// since then reading W is what takes time.
 static void chains(float *c, const float *x, int64_t ldx, int64_t n, const Tensor *w, int64_t row,
                    int64_t depth) {
+    const int64_t most = ACCUMULATORS == 24 ? 4 : 3;
     int64_t end = row + PANEL < w->rows ? row + PANEL : w->rows;
-    for (int64_t left = (n + 2) / 3, some; left > 0; left--, n -= some) {
+    for (int64_t left = (n + most - 1) / most, some; left > 0; left--, n -= some) {
         some = (n + left - 1) / left;
-        for (int64_t r = row; r < end; r += some == 1 ? 8 : 12 / some) {
+        for (int64_t r = row; r < end; r += some == 1 ? 8 : ACCUMULATORS / some) {
             float *to = c + (r - row) * LANES;
-            const float *next = x + 3 * ldx + (r - row) * depth / 8;
-            switch (3 * w->type + some) {
+            const float *next = x + some * ldx + (r - row) * depth * some / PANEL;
+            switch (4 * w->type + some) {
 #define TILE(n, type) \
-            case 3 * type + n: chains_of(to, x, ldx, w, r, depth, next, n, type); break
+            case 4 * type + n: chains_of(to, x, ldx, w, r, depth, next, n, type); break
             TILE(1, F32); TILE(1, F16); TILE(1, BF16); TILE(1, Q8);
             TILE(2, F32); TILE(2, F16); TILE(2, BF16); TILE(2, Q8);
             TILE(3, F32); TILE(3, F16); TILE(3, BF16); TILE(3, Q8);
+#if ACCUMULATORS == 24
+            TILE(4, F32); TILE(4, F16); TILE(4, BF16); TILE(4, Q8);
+#endif
 #undef TILE
             }
         }
@@ -1193,21 +1172,21 @@ static void chains(float *c, const float *x, int64_t ldx, int64_t n, const Tenso
 }
 
 // Outputs row .. row + PANEL of rows first .. first + some of the n of x, which lies in `blocks` of
-// depth columns each, [blocks][n][depth + PAD].
-static void outputs(float *y, const float *x, const Tensor *w, const float *bias, int64_t n,
-                    int64_t first, int64_t some, int64_t row, int64_t depth, int64_t blocks,
+// depth columns each, [blocks][n][ldx].
+static void outputs(float *y, const float *x, int64_t ldx, const Tensor *w, const float *bias,
+                    int64_t n, int64_t first, int64_t some, int64_t row, int64_t depth,
                     bool direct) {
-    int64_t rows = w->rows - row < PANEL ? w->rows - row : PANEL, ldx = depth + PAD;
+    int64_t rows = w->rows - row < PANEL ? w->rows - row : PANEL;
     float *c = scratch(1, PANEL * (CHUNK * LANES + DEPTH + PAD)), *wide = c + CHUNK * PANEL * LANES;
     const Tensor panel = {F32, rows, DEPTH + PAD, wide, NULL};
     memset(c, 0, (size_t)(some * PANEL * LANES) * sizeof *c);
-    for (int64_t b = 0; b < blocks; b++) {
-        int64_t k = b * depth, here = w->cols - k < depth ? w->cols - k : depth;
+    for (int64_t k = 0; k < w->cols; k += depth) {
+        int64_t here = w->cols - k < depth ? w->cols - k : depth;
         for (int64_t r = 0; r < rows && !direct; r++) {
             widen_part(wide + r * (DEPTH + PAD), w, row + r, k, here);
         }
-        chains(c, x + (b * n + first) * ldx, ldx, some, direct ? w : &panel, direct ? row : 0,
-               (here + 31) / 32 * 32);
+        chains(c, x + (k / depth * n + first) * ldx, ldx, some, direct ? w : &panel,
+               direct ? row : 0, (here + 31) / 32 * 32);
     }
     for (int64_t i = 0; i < some; i++) {
         for (int64_t r = 0; r < rows; r++) {
@@ -1219,23 +1198,24 @@ static void outputs(float *y, const float *x, const Tensor *w, const float *bias
 
 static void ON_PATH(matmul)(float *y, const float *x, const Tensor *w, const float *bias,
                             int64_t n) {
-    bool direct = n <= FEW && w->cols % 32 == 0;
-    int64_t depth = direct ? w->cols : DEPTH, blocks = (w->cols + depth - 1) / depth;
-    int64_t panels = (w->rows + PANEL - 1) / PANEL, chunks = (n + CHUNK - 1) / CHUNK;
+    bool cheap = LANES == 16 && (w->type == F16 || w->type == BF16);     // to widen for each tile
+    bool direct = w->cols % 32 == 0 && (n <= FEW || cheap);
+    int64_t depth = direct ? w->cols : DEPTH, blocks = direct ? 0 : (w->cols + depth - 1) / depth;
+    int64_t chunk = direct ? CHUNK / 2 : CHUNK, chunks = (n + chunk - 1) / chunk;
+    int64_t panels = (w->rows + PANEL - 1) / PANEL;
     float *copy = scratch(0, blocks * n * (depth + PAD));
     #pragma omp parallel if (n * w->rows * w->cols > 1 << 21)
     {
         #pragma omp for
         for (int64_t i = 0; i < blocks * n; i++) {
             int64_t k = i / n * depth, here = w->cols - k < depth ? w->cols - k : depth;
-            float *to = copy + i * (depth + PAD);
-            memcpy(to, x + i % n * w->cols + k, (size_t)here * sizeof *x);
-            for (; here % 32; here++) to[here] = 0;
+            widen_part(copy + i * (depth + PAD), &(Tensor){F32, n, w->cols, x, NULL}, i % n, k, here);
         }
         #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < panels * chunks; i++) {
-            int64_t first = i % chunks * CHUNK, some = n - first < CHUNK ? n - first : CHUNK;
-            outputs(y, copy, w, bias, n, first, some, i / chunks * PANEL, depth, blocks, direct);
+            int64_t first = i % chunks * chunk, some = n - first < chunk ? n - first : chunk;
+            outputs(y, direct ? x : copy, direct ? depth : depth + PAD, w, bias, n, first, some,
+                    i / chunks * PANEL, depth, direct);
         }
     }
 }
@@ -1277,6 +1257,40 @@ static void ON_PATH(gelu)(float *x, int64_t n) {
     }
 }
 
+// c[rows][WIDE] = or += a[rows][depth] . b[depth][WIDE].
+INLINE void tile_of(const int rows, float *c, int64_t ldc, const float *a, int64_t lda,
+                    const float *b, int64_t ldb, int64_t depth, bool more) {
+    vec sum[12][VECS];
+    UNROLL for (int i = 0; i < rows; i++) {
+        UNROLL for (int v = 0; v < VECS; v++) {
+            sum[i][v] = more ? load(c + i * ldc + v * LANES) : (vec){0};
+        }
+    }
+    for (int64_t k = 0; k < depth; k++) {
+        vec w[VECS];
+        UNROLL for (int v = 0; v < VECS; v++) w[v] = load(b + k * ldb + v * LANES);
+        UNROLL for (int i = 0; i < rows; i++) {
+            UNROLL for (int v = 0; v < VECS; v++) sum[i][v] += a[i * lda + k] * w[v];
+        }
+    }
+    UNROLL for (int i = 0; i < rows; i++) {
+        UNROLL for (int v = 0; v < VECS; v++) *(loose_vec *)(c + i * ldc + v * LANES) = sum[i][v];
+    }
+}
+
+// The same for any number of rows.
+static void tile(int64_t rows, float *c, int64_t ldc, const float *a, int64_t lda, const float *b,
+                 int64_t ldb, int64_t depth, bool more) {
+    enum { MOST = ACCUMULATORS / VECS > 12 ? 12 : ACCUMULATORS / VECS };
+    for (int64_t n; rows > 0; rows -= n) {
+        n = rows >= MOST ? MOST : rows >= 3 ? 3 : 1;
+        if (n == MOST) tile_of(MOST, c, ldc, a, lda, b, ldb, depth, more);
+        else if (n == 3) tile_of(3, c, ldc, a, lda, b, ldb, depth, more);
+        else tile_of(1, c, ldc, a, lda, b, ldb, depth, more);
+        c += n * ldc, a += n * lda;
+    }
+}
+
 // c[rows][stride] += p[rows][from .. to] . V[from .. to][stride]; positions count through the spans.
 static void weigh(float *c, int64_t stride, const float *p, int64_t ldp, int64_t rows,
                   const Span *s, int64_t from, int64_t to) {
@@ -1295,19 +1309,19 @@ static void weigh(float *c, int64_t stride, const float *p, int64_t ldp, int64_t
 static void ON_PATH(attend)(float *out, const float *q, int64_t ld, int64_t n, int64_t group,
                             int64_t head_dim, const Span *spans, int64_t n_spans, int64_t past,
                             bool causal) {
-    enum { SOME = 4 * ROWS };              // rows that read keys and values together
+    enum { SOME = 24 };                     // rows that read keys and values together
     int64_t stride = (head_dim + 15) / 16 * 16, lda = stride + 1;
-    int64_t keys_padded = (past + n + 31) / 16 * 16, ldp = keys_padded + 16, rows;
+    int64_t ldp = (past + n + 31) / 16 * 16 + 16, rows;
     float *p = scratch(1, SOME * (ldp + stride + lda)), *c = p + SOME * ldp, *a = c + SOME * stride;
     for (int64_t i0 = 0; i0 < n * group; i0 += rows) {
         rows = n * group - i0 < SOME ? n * group - i0 : SOME;
-        int64_t last = i0 + rows - 1, most = causal ? past + last / group + 1 : past + n, start = 0;
+        int64_t last = (i0 + rows - 1) / group, most = causal ? past + last + 1 : past + n;
         for (int64_t i = 0; i < rows; i++) {
             const float *from = q + (i0 + i) / group * ld + (i0 + i) % group * head_dim;
             for (int64_t d = 0; d < head_dim; d++) a[i * lda + d] = from[d] / sqrtf((float)head_dim);
-            memset(c + i * stride, 0, (size_t)stride * sizeof *c);
         }
-        for (const Span *s = spans; s < spans + n_spans && start < most; start += s++->count) {
+        const Span *s = spans;
+        for (int64_t start = 0; s < spans + n_spans && start < most; start += s++->count) {
             int64_t keys = most - start < s->count ? most - start : s->count;
             for (int64_t t = 0; t < keys; t += WIDE) {
                 tile(rows, p + start + t, ldp, a, lda, s->k + t * head_dim, WIDE, head_dim, false);
@@ -1316,18 +1330,22 @@ static void ON_PATH(attend)(float *out, const float *q, int64_t ld, int64_t n, i
         float sums[SOME];
         for (int64_t i = 0; i < rows; i++) {        // softmax; keys that are not seen get weight 0
             int64_t seen = causal ? past + (i0 + i) / group + 1 : most;
-            float *row = p + i * ldp, max = row[0];
-            for (int64_t t = 1; t < seen; t++) max = row[t] > max ? row[t] : max;
-            for (int64_t t = seen; t < keys_padded; t++) row[t] = -INFINITY;
-            vec sum = {0};
-            for (int64_t t = 0; t < keys_padded; t += LANES) {
+            float *row = p + i * ldp, max = -INFINITY;
+            vec sum = {0}, top = max - sum;
+            for (int64_t t = seen; t < most + LANES; t++) row[t] = -INFINITY;
+            for (int64_t t = 0; t < seen; t += LANES) {
+                top = pick(load(row + t) > top, load(row + t), top);
+            }
+            for (int l = 0; l < LANES; l++) max = top[l] > max ? top[l] : max;
+            for (int64_t t = 0; t < most; t += LANES) {
                 vec e = exp_of(load(row + t) - max);
                 *(loose_vec *)(row + t) = e;
                 sum += e;
             }
             sums[i] = sum_of(sum);
         }
-        int64_t least = causal ? past + i0 / group + 1 : most;  // what the first row sees
+        int64_t least = causal ? past + i0 / group + 1 : most;      // what the first row sees
+        memset(c, 0, (size_t)(rows * stride) * sizeof *c);
         weigh(c, stride, p, ldp, rows, spans, 0, least);
         for (int64_t i = 0; i < rows && causal; i++) {
             weigh(c + i * stride, stride, p + i * ldp, ldp, 1, spans, least,
@@ -1344,13 +1362,179 @@ static void ON_PATH(attend)(float *out, const float *q, int64_t ld, int64_t n, i
 #ifndef LANES
 
 // ------------------------------------------------------------------------------------------------
-// 3c. Choosing the kernels
+// 3c. Matrix products with AMX (skip on first reading), on Intel servers since 2023
+// ------------------------------------------------------------------------------------------------
+//
+// One instruction multiplies tiles of bfloat16, 16 x 32 times 32 x 16, and adds to 16 x 16 float32.
+// A float32 is split into two bfloat16, high and low, which hold 16 of its 24 bits:
+//
+//     W . x  =  Wh . xh  +  Wh . xl  +  Wl . xh      (Wl . xl is less than the rounding of the rest)
+//
+// A float16 or 8-bit weight (times its scale) is such a sum too, and a bfloat16 is a high part alone.
+// With 8-bit weights the low part of x is left out: what they lost weighs more. Every output is
+// summed along the columns in one order; rows are filled up to 32 with zeros, however few they are.
+
+// Intrinsics of AMX came with gcc 11 and clang 12. The kernel has to be asked for the registers.
+#if defined HAVE_AVX && defined __linux__ && \
+    ((defined __clang__ && __clang_major__ >= 12) || (!defined __clang__ && __GNUC__ >= 11))
+#define HAVE_AMX
+#include <sys/syscall.h>
+TARGET("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx2,fma,f16c")
+
+enum {
+    TILE_BF16 = 512,                                // bfloat16 in a tile: [16][32]
+    AMX_DEPTH = 256,                                // columns of x and W that stay in the caches,
+    AMX_GROUP = AMX_DEPTH / 32 * 2 * TILE_BF16,     // which for 16 rows are so many bfloat16
+    AMX_PANEL = 128, AMX_CHUNK = 512                // rows of W, and rows of x that meet them, at most
+};
+
+static void transpose_tile(float t[16][16]) {
+    __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int d = 1; d < 16; d *= 2) {               // blocks of d x d change places
+        __m512i by = _mm512_set1_epi32(d), to_second = _mm512_set1_epi32(16);
+        __mmask16 right = _mm512_test_epi32_mask(lane, by);
+        __m512i upper = _mm512_mask_add_epi32(lane, right, lane, _mm512_sub_epi32(to_second, by));
+        __m512i lower = _mm512_mask_add_epi32(_mm512_add_epi32(lane, by), right, lane, to_second);
+        for (int i = 0; i < 16; i++) {
+            if (i & d) continue;
+            __m512 a = _mm512_loadu_ps(t[i]), b = _mm512_loadu_ps(t[i + d]);
+            _mm512_storeu_ps(t[i], _mm512_permutex2var_ps(a, upper, b));
+            _mm512_storeu_ps(t[i + d], _mm512_permutex2var_ps(a, lower, b));
+        }
+    }
+}
+
+// Rows row .. row + 16 of W and AMX_DEPTH columns from k as tiles, [columns / 32][high, low][16][32];
+// `turned`: rows and pairs of columns change places, as a second factor has to stand.
+static void amx_pack(uint16_t *to, const Tensor *w, int64_t row, int64_t k, bool turned) {
+    int64_t depth = w->cols - k < AMX_DEPTH ? w->cols - k : AMX_DEPTH, bytes = WEIGHT_BYTES(w->type);
+    const char *next = (const char *)w->data + (row * w->cols + k + AMX_DEPTH) * bytes;
+    float wide[AMX_DEPTH];
+    for (int i = 0; i < 16; i++) {
+        if (row + i < w->rows) widen_part_avx512(wide, w, row + i, k, depth);
+        else memset(wide, 0, sizeof wide);
+        for (int64_t c = 0; c < depth; c += 32) {
+            uint16_t *high = to + c / 32 * 2 * TILE_BF16 + i * 32;
+            __builtin_prefetch(next + (i * w->cols + c) * bytes);
+            __m512 a = _mm512_loadu_ps(wide + c), b = _mm512_loadu_ps(wide + c + 16);
+            _mm512_storeu_si512(high, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+            a -= load_weights_avx512(high, BF16);
+            b -= load_weights_avx512(high + 16, BF16);
+            _mm512_storeu_si512(high + TILE_BF16, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+        }
+    }
+    for (int64_t t = 0; t < (depth + 31) / 32 * 2 && turned; t++) {
+        transpose_tile((float (*)[16])(void *)(to + t * TILE_BF16));
+    }
+}
+
+// c[2][2][16][16] = or += two groups of W times two groups of x, `tiles` of them along the columns.
+static void amx_multiply(float *c, const uint16_t *w, const uint16_t *x, int64_t tiles, int type,
+                         bool more) {
+#define PRODUCTS() \
+    { _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7); }
+#define FACTORS(first, second, p) \
+    { _tile_loadd(first, (p) + at, 64); _tile_loadd(second, (p) + AMX_GROUP + at, 64); }
+    if (!more) memset(c, 0, 4 * 256 * sizeof *c);
+    __asm__ volatile("" ::: "memory");              // gcc's _tile_loadd does not say that it reads
+    _tile_loadd(0, c, 64);
+    _tile_loadd(1, c + 256, 64);
+    _tile_loadd(2, c + 512, 64);
+    _tile_loadd(3, c + 768, 64);
+    for (int64_t at = 0; at < tiles * 2 * TILE_BF16; at += 2 * TILE_BF16) {
+        FACTORS(4, 5, w)
+        FACTORS(6, 7, x)
+        PRODUCTS()
+        if (type != Q8) {
+            FACTORS(6, 7, x + TILE_BF16)
+            PRODUCTS()
+        }
+        if (type != BF16) {
+            FACTORS(4, 5, w + TILE_BF16)
+            FACTORS(6, 7, x)
+            PRODUCTS()
+        }
+    }
+    _tile_stored(0, c, 64);
+    _tile_stored(1, c + 256, 64);
+    _tile_stored(2, c + 512, 64);
+    _tile_stored(3, c + 768, 64);
+#undef PRODUCTS
+#undef FACTORS
+}
+
+// Outputs row .. row + rows of rows first .. first + some of the n of x, which is packed as
+// [blocks of columns][groups of 16 rows].
+static void amx_outputs(float *y, const uint16_t *x, const Tensor *w, const float *bias, int64_t n,
+                        int64_t first, int64_t some, int64_t row, int64_t rows) {
+    static const struct { uint8_t palette, start, zero[14]; uint16_t bytes[16]; uint8_t rows[16]; }
+        shapes = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    int64_t groups = (n + 31) / 32 * 2;
+    float *c = scratch(1, AMX_CHUNK * AMX_PANEL + AMX_PANEL / 16 * AMX_GROUP / 2), *block;
+    uint16_t *packed = (uint16_t *)(void *)(c + AMX_CHUNK * AMX_PANEL);
+    _tile_loadconfig(&shapes);
+    for (int64_t k = 0; k < w->cols; k += AMX_DEPTH) {
+        int64_t tiles = ((w->cols - k < AMX_DEPTH ? w->cols - k : AMX_DEPTH) + 31) / 32;
+        for (int64_t r = 0; r < (rows + 31) / 32 * 32; r += 16) {
+            amx_pack(packed + r / 16 * AMX_GROUP, w, row + r, k, false);
+        }
+        block = c;
+        for (int64_t i = 0; i < some; i += 32) {
+            const uint16_t *from = x + (k / AMX_DEPTH * groups + (first + i) / 16) * AMX_GROUP;
+            for (int64_t r = 0; r < rows; r += 32, block += 4 * 256) {
+                amx_multiply(block, packed + r / 16 * AMX_GROUP, from, tiles, w->type, k > 0);
+            }
+        }
+    }
+    _tile_release();
+    block = c;
+    for (int64_t i = 0; i < some; i += 32) {
+        for (int64_t r = 0; r < rows; r += 32) {
+            for (int q = 0; q < 4; q++, block += 256) {     // a tile of outputs: [16 of W][16 of x]
+                int64_t at = r + q / 2 * 16, left = rows - at;
+                transpose_tile((float (*)[16])(void *)block);
+                for (int64_t j = i + q % 2 * 16, l = 0; l < 16 && j < some && left > 0; j++, l++) {
+                    vec_avx512 sum = load_avx512(block + l * 16);
+                    if (bias) sum += load_some_avx512(bias + row + at, left);
+                    store_some_avx512(y + (first + j) * w->rows + row + at, sum, left);
+                }
+            }
+        }
+    }
+}
+
+static void matmul_amx(float *y, const float *x, const Tensor *w, const float *bias, int64_t n) {
+    int64_t groups = (n + 31) / 32 * 2, blocks = (w->cols + AMX_DEPTH - 1) / AMX_DEPTH;
+    int64_t panel = n <= FEW ? 32 : AMX_PANEL, panels = (w->rows + panel - 1) / panel;
+    int64_t chunks = (n + AMX_CHUNK - 1) / AMX_CHUNK;
+    uint16_t *packed = (uint16_t *)(void *)scratch(0, blocks * groups * AMX_GROUP / 2);
+    #pragma omp parallel if (n * w->rows * w->cols > 1 << 21)
+    {
+        #pragma omp for
+        for (int64_t i = 0; i < blocks * groups; i++) {
+            amx_pack(packed + i * AMX_GROUP, &(Tensor){F32, n, w->cols, x, NULL}, i % groups * 16,
+                     i / groups * AMX_DEPTH, true);
+        }
+        #pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < panels * chunks; i++) {
+            int64_t first = i % chunks * AMX_CHUNK, row = i / chunks * panel;
+            amx_outputs(y, packed, w, bias, n, first, n - first < AMX_CHUNK ? n - first : AMX_CHUNK,
+                        row, w->rows - row < panel ? w->rows - row : panel);
+        }
+    }
+}
+END_TARGET
+#endif
+
+// ------------------------------------------------------------------------------------------------
+// 3d. Choosing the kernels
 // ------------------------------------------------------------------------------------------------
 
 typedef struct {                // one way to compute all this; the last that the CPU has is taken
     const char *name;
     int level;                  // of the CPU: -1 any; 0 rounds every result to float32, which the
-                                // x87 does not; 1 has AVX2, FMA and F16C
+                                // x87 does not; 1 has AVX2, FMA and F16C, 2 the first of AVX-512,
+                                // 3 AMX
     void (*matmul)(float *, const float *, const Tensor *, const float *, int64_t);
     void (*attend)(float *, const float *, int64_t, int64_t, int64_t, int64_t, const Span *,
                    int64_t, int64_t, bool);
@@ -1361,8 +1545,12 @@ typedef struct {                // one way to compute all this; the last that th
 static const Kernels kernel_table[] = {
     {"plain", -1, plain_matmul, plain_attend, plain_silu_multiply, plain_gelu},
     {"generic", 0, matmul_generic, attend_generic, silu_multiply_generic, gelu_generic},
-#ifdef HAVE_AVX2
+#ifdef HAVE_AVX
     {"avx2", 1, matmul_avx2, attend_avx2, silu_multiply_avx2, gelu_avx2},
+    {"avx512", 2, matmul_avx512, attend_avx512, silu_multiply_avx512, gelu_avx512},
+#endif
+#ifdef HAVE_AMX
+    {"amx", 3, matmul_amx, attend_avx512, silu_multiply_avx512, gelu_avx512},
 #endif
 };
 enum { N_KERNELS = sizeof kernel_table / sizeof *kernel_table };
@@ -1371,11 +1559,19 @@ static const Kernels *kernels = &kernel_table[0];
 // Has this CPU what entry i of the table needs?
 static bool kernels_available(int i) {
     int level = FLT_EVAL_METHOD == 0 ? 0 : -1;
-#ifdef HAVE_AVX2
+#ifdef HAVE_AVX
     unsigned a, b, c, d;
     __builtin_cpu_init();
     bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
     if (f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) level = 1;
+    bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
+    if (level == 1 && wide) level = 2;
+#ifdef HAVE_AMX
+    bool tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & d >> 24 & 1);
+    bool bf16 = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+    if (level == 2 && tiles && bf16 && !syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA)) level = 3;
+#endif
 #endif
     return kernel_table[i].level <= level;
 }
@@ -5386,3 +5582,6 @@ int main(int argc, char **argv) {
 }
 #endif
 #endif  // LANES
+#undef PATH
+#undef LANES
+#undef ACCUMULATORS
