@@ -1614,6 +1614,7 @@ static void gelu(float *x, int64_t n) { kernels->gelu(x, n); }
 // them again.
 enum {
     MAX_DEPTH = 8,              // a sequence and its ancestors
+    RUN = 32,                   // neighbouring rows of a sequence that attention takes together
     WORTH_THREADS = 1 << 19     // operations; fewer are not worth waking threads for
 };
 
@@ -1624,16 +1625,17 @@ typedef struct {
     int64_t n_slots;            // places of the schedule that keep their keys and values. 1: they
                                 // are read in this pass only, and one slot serves every layer
     float *data;                // [n_slots][kv_heads] x { K [capacity/16][head_dim][16],
-    int64_t data_rows;          //                         V [capacity][value_stride] }
+                                //                         V [capacity][value_stride] }
 } Sequence;
 
-typedef struct { int id, segment, sequence; int64_t position; } Token;  // segment: BERT's token type
-typedef struct { int64_t row, n; } Run;         // neighbouring rows of one sequence, at most RUN
-enum { RUN = 32 };
+typedef struct {
+    int id, segment, sequence;  // segment: BERT's token type
+    int64_t position;
+} Token;
 
 typedef struct {                // the rows that the next pass runs
     Token *tokens;              // [n_rows]
-    Run *runs;                  // [n_runs]
+    int64_t *first;             // [n_runs + 1]: run i is rows first[i] to first[i + 1]
     int64_t n_rows, n_runs, row_capacity, run_capacity;
     int64_t n_pairs;            // of a row and a key that it sees
 } Batch;
@@ -1646,7 +1648,7 @@ typedef struct {                // everything a forward pass needs beside the mo
     Batch batch;
     float *x, *y, *mean;                        // [rows][dim]: the residual stream before a layer,
                                                 // behind it, and the mean of a step's layers
-    float *h;                                   // [rows][dim]: what is to be added to the stream
+    float *h;                                   // [rows][dim]: input or output of half a layer
     float *q, *att;                             // [rows][heads * head_dim]
     float *k, *v, *k_mean, *v_mean;             // [rows][kv_heads * head_dim]
     float *gate, *up;                           // [rows][hidden]
@@ -1668,7 +1670,7 @@ static void session_free(Session *s) {
     for (int64_t i = 0; i < s->sequences_capacity; i++) release(s->sequences[i].data);
     release(s->sequences);
     release(s->batch.tokens);
-    release(s->batch.runs);
+    release(s->batch.first);
     release(s->work);
     release(s);
 }
@@ -1676,41 +1678,29 @@ static void session_free(Session *s) {
 // Ends a pass: the batch's rows stay with their sequences, and the batch is empty.
 static void batch_commit(Session *s) { s->batch.n_rows = s->batch.n_runs = s->batch.n_pairs = 0; }
 
-// Forgets all sequences from index `keep` on; their memory stays for those that follow.
+// Forgets all sequences from index `keep` on.
 static void session_reset(Session *s, int64_t keep) {
     s->n_sequences = keep;
     batch_commit(s);
 }
 
-// Makes room for [rows][width] floats; what was there is lost.
-static void make_room(float **p, int64_t *capacity, int64_t rows, int64_t width, const char *what) {
-    if (rows <= *capacity) return;
-    float *more = allocate(rows, width * (int64_t)sizeof *more, what);
-    release(*p);
-    *p = more;
-    *capacity = rows;
-}
-
-// Makes sequence `i` an empty one with room for `capacity` tokens in each of n_slots slots.
-static void sequence_open(Session *s, int64_t i, int parent, int64_t capacity, int64_t n_slots) {
+// A new sequence behind `parent` (-1: none) with room for `capacity` tokens in each of its slots.
+static int sequence_new(Session *s, int parent, int64_t capacity, int64_t n_slots) {
     const Model *m = s->model;
+    int64_t width = m->n_kv_heads * (m->head_dim + value_stride(m));
+    s->sequences = grow(s->sequences, &s->sequences_capacity, s->n_sequences + 1,
+                        sizeof *s->sequences, "sequences");
     const Sequence *p = parent < 0 ? NULL : &s->sequences[parent];
-    Sequence *q = &s->sequences[i];
+    Sequence *q = &s->sequences[s->n_sequences];
     q->parent = parent;
     q->depth = p ? p->depth + 1 : 1;
     if (q->depth > MAX_DEPTH) die("a sequence has over %d ancestors; put them into one", MAX_DEPTH);
     q->start = q->end = p ? p->end : 0;
     q->capacity = (capacity + 15) / 16 * 16;
     q->n_slots = n_slots;
-    make_room(&q->data, &q->data_rows, q->capacity * n_slots,
-              m->n_kv_heads * (m->head_dim + value_stride(m)), "key/value cache");
-}
-
-// A new sequence behind `parent` (-1: none) with room for `capacity` tokens in each of n_slots slots.
-static int sequence_new(Session *s, int parent, int64_t capacity, int64_t n_slots) {
-    s->sequences = grow(s->sequences, &s->sequences_capacity, s->n_sequences + 1,
-                        sizeof *s->sequences, "sequences");
-    sequence_open(s, s->n_sequences, parent, capacity, n_slots);
+    float *data = allocate(q->capacity * n_slots, width * (int64_t)sizeof *data, "key/value cache");
+    release(q->data);
+    q->data = data;
     return (int)s->n_sequences++;
 }
 
@@ -1718,11 +1708,10 @@ static int sequence_new(Session *s, int parent, int64_t capacity, int64_t n_slot
 static void sequence_close(Session *s, int i) {
     release(s->sequences[i].data);
     s->sequences[i].data = NULL;
-    s->sequences[i].data_rows = 0;
 }
 
-// Adds a token to the batch and to its sequence. The rows of a sequence stand together, and those of
-// a parent come before its children's. `segment` is BERT's token type.
+// Adds a token to the batch and to its sequence. The rows of a sequence stand together, and those
+// of a parent come before its children's. `segment` is BERT's token type.
 static void batch_add(Session *s, int sequence, int token, int segment) {
     const Model *m = s->model;
     Sequence *q = &s->sequences[sequence];
@@ -1734,13 +1723,12 @@ static void batch_add(Session *s, int sequence, int token, int segment) {
         die("the text is longer than the model's context of %d tokens; shorten it", m->max_length);
     }
     b->tokens = grow(b->tokens, &b->row_capacity, b->n_rows + 1, sizeof *b->tokens, "batch");
-    b->runs = grow(b->runs, &b->run_capacity, b->n_runs + 1, sizeof *b->runs, "batch");
-    const Run *last = b->n_runs ? &b->runs[b->n_runs - 1] : NULL;
-    if (!last || last->n == RUN || b->tokens[last->row].sequence != sequence) {
-        b->runs[b->n_runs++] = (Run){b->n_rows, 0};
-    }
-    b->runs[b->n_runs - 1].n++;
+    b->first = grow(b->first, &b->run_capacity, b->n_runs + 2, sizeof *b->first, "batch");
+    bool goes_on = b->n_rows && b->tokens[b->n_rows - 1].sequence == sequence &&
+                   b->n_rows - b->first[b->n_runs - 1] < RUN;
+    if (!goes_on) b->n_runs++;
     b->tokens[b->n_rows++] = (Token){token, segment, sequence, q->end++};
+    b->first[b->n_runs] = b->n_rows;
     b->n_pairs += q->end;
 }
 
@@ -1779,10 +1767,10 @@ static void attention(Session *s, int64_t slot) {
     cache_store(s, slot, s->k, s->v);
     #pragma omp parallel for schedule(dynamic) if (b->n_pairs * ld > WORTH_THREADS)
     for (int64_t piece = 0; piece < b->n_runs * m->n_kv_heads; piece++) {
-        const Run run = b->runs[b->n_runs - 1 - piece / m->n_kv_heads];     // the longest rows first
-        const Token *first = &b->tokens[run.row];
-        const Sequence *own = &s->sequences[first->sequence];
-        int64_t head = piece % m->n_kv_heads, at = run.row * ld + head * group * m->head_dim;
+        int64_t run = b->n_runs - 1 - piece / m->n_kv_heads;    // rows that see most come first
+        int64_t row = b->first[run], n = b->first[run + 1] - row, head = piece % m->n_kv_heads;
+        int64_t at = row * ld + head * group * m->head_dim;
+        const Sequence *own = &s->sequences[b->tokens[row].sequence];
         Span spans[MAX_DEPTH], *span = spans + MAX_DEPTH;
         int64_t end = own->end;         // of a parent is read what is before its child's start
         for (const Sequence *q = own; q; q = q->parent < 0 ? NULL : &s->sequences[q->parent]) {
@@ -1791,8 +1779,8 @@ static void attention(Session *s, int64_t slot) {
             end = q->start;
         }
         bool causal = m->arch == LLAMA;         // in BERT every row sees the whole sequence
-        attend(s->att + at, s->q + at, ld, run.n, group, m->head_dim, span, own->depth,
-               causal ? first->position : own->end - run.n, causal);
+        attend(s->att + at, s->q + at, ld, n, group, m->head_dim, span, own->depth,
+               causal ? b->tokens[row].position : own->end - n, causal);
     }
 }
 
@@ -1808,7 +1796,8 @@ static void rms_norm(float *out, const float *x, const float *weight, const Mode
 }
 
 // LayerNorm (Ba et al. 2016) of n rows, in place: x = (x - mean) / deviation * weight + bias.
-static void layer_norm(float *x, const float *weight, const float *bias, const Model *m, int64_t n) {
+static void layer_norm(float *x, const float *weight, const float *bias, const Model *m,
+                       int64_t n) {
     int64_t d = m->dim;
     #pragma omp parallel for if (n * d > WORTH_THREADS)
     for (int64_t r = 0; r < n; r++) {
@@ -1906,10 +1895,9 @@ static void run_step(Session *s, const Schedule *schedule, int64_t i) {
     const Model *m = s->model;
     int64_t first = schedule->first[i], n = schedule->first[i + 1] - first;
     int64_t size = s->batch.n_rows * m->dim, kv = s->batch.n_rows * m->n_kv_heads * m->head_dim;
+    void (*layer)(Session *, const Layer *, int64_t) = m->arch == LLAMA ? llama_layer : bert_layer;
     for (int64_t j = 0; j < n; j++) {
-        const Layer *l = &m->layers[schedule->layer[first + j]];
-        if (m->arch == LLAMA) llama_layer(s, l, s->kv_mean ? i : first + j);
-        else bert_layer(s, l, s->kv_mean ? i : first + j);
+        layer(s, &m->layers[schedule->layer[first + j]], s->kv_mean ? i : first + j);
         s->layer_passes++;
         average(s->mean, s->y, size, j, n);
         if (!s->kv_mean) continue;
@@ -1939,7 +1927,12 @@ static void session_room(Session *s) {
         {&s->rope, m->head_dim}};
     enum { PIECES = sizeof pieces / sizeof *pieces };
     for (int i = 0; i < PIECES; i++) width += pieces[i].width;
-    make_room(&s->work, &s->work_rows, n, width, "activations of a batch");
+    if (n > s->work_rows) {
+        float *work = allocate(n, width * (int64_t)sizeof *work, "activations of a batch");
+        release(s->work);
+        s->work = work;
+        s->work_rows = n;
+    }
     float *at = s->work;
     for (int i = 0; i < PIECES; at += n * pieces[i++].width) *pieces[i].p = at;
 }
@@ -2018,58 +2011,56 @@ static void pooled(Session *s, const int64_t *rows, int64_t n, float *out) {
 
 // float16 nearest to f, which is not negative; infinity where that is too large.
 static uint16_t to_f16(float f) {
-    uint32_t bits;
-    if (f < 0x1p-14f) return (uint16_t)lrintf(f * 0x1p24f);
+    int exponent;
     if (!(f < 65520)) return 0x7c00;
-    memcpy(&bits, &f, sizeof bits);
-    return (uint16_t)((bits + 0xfff + (bits >> 13 & 1)) >> 13) - (112 << 10);
+    frexpf(f, &exponent);
+    if (f < 0x1p-14f) exponent = -13;           // subnormal, or zero
+    return (uint16_t)(((exponent + 13) << 10) + lrintf(ldexpf(f, 11 - exponent)));
 }
 
-// One row in 8 bits. error[0] and error[1] become the sums of squares of what is lost and of all;
-// they are no numbers where a weight is none, or too large.
-static void quantize_row(int8_t *q, uint16_t *scale, const float *x, int64_t n, double *error) {
-    error[0] = error[1] = 0;
+// One row in 8 bits. squares[0] becomes the sum of the squares of what is lost, squares[1] that of
+// the weights; they are no numbers where a weight is none, or too large.
+static void quantize_row(int8_t *q, uint16_t *scale, const float *x, int64_t n, double *squares) {
+    squares[0] = squares[1] = 0;
     for (int64_t from = 0; from < n; from += 32) {
         int64_t to = n - from < 32 ? n : from + 32;
         float largest = 0;
-        for (int64_t i = from; i < to; i++) {
-            if (fabsf(x[i]) > largest) largest = fabsf(x[i]);
-        }
+        for (int64_t i = from; i < to; i++) largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
         scale[from / 32] = to_f16(largest / 127);
         float step = from_f16(scale[from / 32]);
         for (int64_t i = from; i < to; i++) {
             float steps = step > 0 ? x[i] / step : 0;
             q[i] = (int8_t)lrintf(steps > 127 ? 127 : steps < -127 ? -127 : steps);
             double lost = (double)x[i] - (double)(step * q[i]);
-            error[0] += lost * lost;
-            error[1] += (double)x[i] * (double)x[i];
+            squares[0] += lost * lost;
+            squares[1] += (double)x[i] * (double)x[i];
         }
     }
 }
 
 // A matrix in 8 bits, as files hold it. *error becomes the root of the mean squared error over that
 // of the weights.
-static unsigned char *quantize(const Tensor *w, double *error) {
-    int64_t groups = (w->cols + 31) / 32;
-    unsigned char *out = allocate(stored_bytes(Q8, w->rows, w->cols), 1, "8-bit weights");
-    void *scales = out + (w->rows * w->cols + 63) / 64 * 64;
-    double *squares = allocate(w->rows, 2 * sizeof *squares, "errors"), sum[2] = {0};
-    #pragma omp parallel for if (w->rows * w->cols > WORTH_THREADS)
+static char *quantize(const Tensor *w, double *error) {
+    int64_t n = w->cols, groups = (n + 31) / 32;
+    char *out = allocate(stored_bytes(Q8, w->rows, n), 1, "8-bit weights");
+    uint16_t *scale = (void *)(out + (w->rows * n + 63) / 64 * 64);
+    double sum[2] = {0};
+    #pragma omp parallel for ordered schedule(static, 1) if (w->rows * n > WORTH_THREADS)
     for (int64_t r = 0; r < w->rows; r++) {
-        float *row = allocate(w->cols, sizeof *row, "a row of weights");
-        widen(row, w, r);
-        quantize_row((int8_t *)out + r * w->cols, (uint16_t *)scales + r * groups, row, w->cols,
-                     squares + 2 * r);
-        release(row);
+        double squares[2];
+        float *x = allocate(n, sizeof *x, "a row of weights");
+        widen(x, w, r);
+        quantize_row((int8_t *)out + r * n, scale + r * groups, x, n, squares);
+        release(x);
+        #pragma omp ordered                     // the same sum for any number of threads
+        for (int i = 0; i < 2; i++) sum[i] += squares[i];
     }
-    for (int64_t i = 0; i < 2 * w->rows; i++) sum[i % 2] += squares[i];
-    release(squares);
     *error = sum[1] > 0 ? sqrt(sum[0] / sum[1]) : sum[0];
     return out;
 }
 
-// Writes the model to `path` with every matrix in 8 bits and all else as it is, and prints what each
-// lost. It grows under another name and takes its own at the end.
+// Writes the model to `path` with every matrix in 8 bits and all else as it is, and prints what
+// each lost. The file grows under another name and takes its own at the end.
 static void model_quantize(const Model *m, const char *path) {
     int64_t header_bytes = read_i64(m->file + 24), end = header_bytes;
     unsigned char *header = allocate(header_bytes, 1, "header");
@@ -2078,42 +2069,41 @@ static void model_quantize(const Model *m, const char *path) {
     text_printf(&aside, "%s.tmp", path);
     FILE *f = fopen(aside.s, "wb");
     if (!f) die("%s: cannot be written: %s; choose another place", path, strerror(errno));
-    fwrite(header, 1, (size_t)header_bytes, f);         // keeps the place of the new one
+    fwrite(header, 1, (size_t)header_bytes, f);         // keeps the place of what it becomes
     printf("%-24s %8s x %-8s  relative error\n", "matrix", "rows", "columns");
-    for (int i = 0; i < m->n_tensors && !ferror(f); i++) {
+    const char *bad = NULL;
+    for (int i = 0; i < m->n_tensors && !bad && !ferror(f); i++) {
         const Tensor *w = &m->tensors[i];
         const char *name = tensor_name(m, i);
-        unsigned char *entry = header + 192 + 96 * (int64_t)i, *q8 = NULL;
+        unsigned char *entry = header + (name - (const char *)m->file);
         uint32_t type = read_u32(entry + 60) == 2 ? Q8 : (uint32_t)w->type;
-        int64_t bytes = stored_bytes((int)type, w->rows, w->cols);
-        if (type != (uint32_t)w->type) {
+        int64_t bytes = stored_bytes((int)type, w->rows, w->cols), padded = (bytes + 63) / 64 * 64;
+        char *q8 = NULL;
+        if (type == Q8 && w->type != Q8) {
             double error;
             q8 = quantize(w, &error);
             printf("%-24s %8lld x %-8lld  %.5f\n", name, (long long)w->rows, (long long)w->cols,
                    error);
-            if (!(error < INFINITY)) {
-                fclose(f);
-                remove(aside.s);
-                die("%s: tensor %s: has weights that are not numbers of 8 bits; leave it as it is",
-                    m->path, name);
-            }
+            if (!(error < INFINITY)) bad = name;
         }
         fwrite(q8 ? q8 : w->data, 1, (size_t)bytes, f);
-        fwrite((char[64]){0}, 1, (size_t)((64 - bytes % 64) % 64), f);
+        fwrite((char[64]){0}, 1, (size_t)(padded - bytes), f);
         release(q8);
         memcpy(entry + 56, &type, sizeof type);
-        memcpy(entry + 80, &end, sizeof end);
-        memcpy(entry + 88, &bytes, sizeof bytes);
-        end += (bytes + 63) / 64 * 64;
+        memcpy(entry + 80, (int64_t[]){end, bytes}, 16);
+        end += padded;
     }
     memcpy(header + 16, &end, sizeof end);
     uint32_t checksum = header_checksum(header, header_bytes);
     memcpy(header + 32, &checksum, sizeof checksum);
     bool good = !fseek(f, 0, SEEK_SET) && fwrite(header, 1, (size_t)header_bytes, f) && !ferror(f);
-    if (fclose(f) || !good || rename(aside.s, path)) {
+    if (fclose(f) || !good || bad || rename(aside.s, path)) {
         int reason = errno;
         remove(aside.s);
-        die("%s: cannot be written: %s; free space or choose another place", path, strerror(reason));
+        if (bad) die("%s: tensor %s: has weights that are not numbers of 8 bits; leave it as it is",
+                     m->path, bad);
+        die("%s: cannot be written: %s; free space or choose another place", path,
+            strerror(reason));
     }
     warn("%s: %.1f MB, of %.1f MB", path, (double)end / 1e6, (double)m->bytes / 1e6);
 }
