@@ -3921,7 +3921,7 @@ typedef struct {                // the evaluator at work on the items of one tas
     int64_t first, last;        // the batch holds requests first .. last-1
     Target *target;             // [n_targets]: its rows to score
     int64_t n_targets, capacity;
-    int64_t *row_at;            // [max_length + 1]: where the last request's tokens are in the batch
+    int64_t *row_at;            // [max_length + 1]: rows of the last request's tokens in the batch
     int64_t prefix;             // tokens that all requests begin with, kept as sequence 0; or 0
     int64_t answers, answers_due;
     int64_t separate_passes;    // layer passes that a run of its own per schedule would need
@@ -3937,8 +3937,8 @@ static void on_interrupt(int signal_number) {
     _Exit(128 + signal_number);
 }
 
-// Whether this run has still to answer an item of a task under a schedule. Of the train items, whose
-// features are collected before anything is answered, it needs all.
+// Whether this run has still to answer an item of a task under a schedule. Of the train items,
+// whose features are collected before anything is answered, it needs all.
 static bool due(Entry *x, const Task *t, int64_t item) {
     if (x->features) return true;
     if (options.limit >= 0 && item >= options.limit) return false;
@@ -4057,8 +4057,8 @@ static void keep_answers(Evaluation *e, Entry *x, int64_t from, int64_t end) {
     progress(t->name, e->answers, e->answers_due, e->started);
 }
 
-// Lets the texts that are being generated grow by their likeliest tokens. One that has come to its end
-// is kept, and makes room for the next.
+// Lets the texts that are being generated grow by their likeliest tokens. One that has come to its
+// end is kept, and makes room for the next.
 static void take_tokens(Evaluation *e) {
     const Task *t = e->t;
     const Model *m = e->s->model;
@@ -4151,12 +4151,12 @@ static int add_request(Evaluation *e, Request *r, int q, int64_t more, int64_t n
 
 enum { CACHE_MEGABYTES = 2048 };        // for keys and values; beyond it texts wait
 
-// Fills the batch: with a row of each text that is being generated, and with the next requests, whole
-// items at a time, until it has its tokens. A request shares what it begins with in common with the
-// one before it: the choices of a question their context, questions their examples. Many texts grow
-// in the same passes, and as some end, the prompts of others come in, so that passes stay full: a
-// sweep of 12 layers took 0.74 of the time of one that shared prompts between schedules and let each
-// batch run out.
+// Fills the batch: with a row of each text that is being generated, and with the next requests,
+// whole items at a time, until it has its tokens. A request shares what it begins with in common
+// with the one before it: the choices of a question their context, questions their examples. Many
+// texts grow in the same passes, and as some end, the prompts of others come in, so that passes
+// stay full: a sweep of 12 layers took 0.74 of the time of one that shared prompts between
+// schedules and let each batch run out.
 static void fill_batch(Evaluation *e) {
     Session *s = e->s;
     const Model *m = s->model;
@@ -5009,9 +5009,9 @@ static void match_labels(Task *t, const Model *m) {
     }
     bool regress = !strcmp(t->kind->name, "regress"), known = true;
     if (!h || regress != h->regression || t->n_labels != h->n_labels) {
-        die("%s: task %s needs a classifier with %d outputs; \"%s\" names none such of the %d here; "
-            "choose with --head, or use --probe", m->path, t->name, t->n_labels, name ? name : "",
-            m->n_heads_named);
+        die("%s: task %s needs a classifier with %d outputs; \"%s\" names none such of its %d; "
+            "choose one with --head, or use --probe", m->path, t->name, t->n_labels,
+            name ? name : "", m->n_heads_named);
     }
     t->classifier = h;
     t->label_of = allocate(h->n_labels, sizeof *t->label_of, "labels");
@@ -5179,7 +5179,8 @@ static void begin_results(Evaluation *e, Schedule schedule) {
         }
         if (!train && t->kind->output == CLASSIFIES) match_labels(t, m);
         Text line = {0};
-        text_printf(&line, "#task\t%lld\t%016llx", (long long)t->n_items, (unsigned long long)t->hash);
+        text_printf(&line, "#task\t%lld\t%016llx", (long long)t->n_items,
+                    (unsigned long long)t->hash);
         if (train) {
             text_printf(&line, " probe=%016llx strength=%g", (unsigned long long)train->hash,
                         options.strength);
