@@ -136,7 +136,6 @@ static __typeof__(options) options_at_start;
 static void run_program(char **words, int n) {
     options = options_at_start;
     quiet = true;
-    interrupted = 0;
     if (!setjmp(ended)) painters_main(n, words);
     fflush(stdout);
     clean_up();
