@@ -2853,9 +2853,10 @@ static double metric_value(const Metric *m, const double *values, int64_t n, int
 // where the loss is the negative log-likelihood of a softmax over the classes, or half the squared
 // error: scikit-learn's LogisticRegression(C = 1 / strength) and Ridge(alpha = strength). Of two
 // classes only the difference counts, so that their weights are punished twice to be the same as a
-// single logistic. L-BFGS (Nocedal and Wright, algorithm 7.4) starts, and starts again, from the
-// factored Hessian: that alone solves a regression, and without it features that nearly repeat one
-// another would take thousands of turns.
+// single logistic. A turn is a Newton step with the Hessian of an earlier one, made as long as the
+// step before it tells (Barzilai and Borwein 1988). Without a Hessian, features that nearly repeat
+// one another would take thousands of turns; a new one for every turn would cost more than it saves.
+// A regression is solved by the first turn.
 typedef struct {
     const float *x;             // [n][d - 1]; a 1 goes behind each row, whose weight is the bias
     const double *y;            // [n] class or target
@@ -2864,10 +2865,9 @@ typedef struct {
     double *curve;              // [n] what a row of the last pass weighs in the Hessian
     double *parts;              // [PROBE_PARTS][outputs * d + outputs + d] work for parts of a pass
     double *factor;             // [d][d] Cholesky factor of the Hessian, the same for every output
-    double *steps, *turns;      // [PROBE_MEMORY][outputs][d] steps, what they did to the gradient
 } Probe;
 
-enum { PROBE_MEMORY = 70 };     // steps until the Hessian is factored anew
+enum { PROBE_TURNS = 100 };     // until the Hessian is factored anew
 enum { PROBE_PARTS = 64 };      // fixed, so that sums do not depend on the number of threads
 
 // Eight sums side by side, which a compiler can keep in vectors.
@@ -2964,16 +2964,10 @@ static void probe_factor(const Probe *f) {
     }
 }
 
-// v becomes the inverse Hessian times v: of the factored one, corrected by what the gradient did
-// along the `known` steps since.
-static void probe_solve(const Probe *f, int known, double *v) {
+// v = the inverse of the factored Hessian times the gradient; returns their inner product.
+static double probe_solve(const Probe *f, const double *gradient, double *v) {
     int64_t d = f->d, size = f->outputs * d;
-    double along[PROBE_MEMORY];
-    for (int t = known - 1; t >= 0; t--) {
-        const double *step = f->steps + t * size, *turn = f->turns + t * size;
-        along[t] = inner(step, v, size) / inner(step, turn, size);
-        add_scaled(v, -along[t], turn, size);
-    }
+    memcpy(v, gradient, (size_t)size * sizeof *v);
     for (double *own = v; own < v + size; own += d) {
         for (int64_t i = 0; i < d; i++) {
             own[i] = (own[i] - inner(f->factor + i * d, own, i)) / f->factor[i * d + i];
@@ -2983,10 +2977,7 @@ static void probe_solve(const Probe *f, int known, double *v) {
             add_scaled(own, -own[i], f->factor + i * d, i);
         }
     }
-    for (int t = 0; t < known; t++) {
-        const double *step = f->steps + t * size, *turn = f->turns + t * size;
-        add_scaled(v, along[t] - inner(turn, v, size) / inner(step, turn, size), step, size);
-    }
+    return inner(gradient, v, size);
 }
 
 // Fits the probe described above; classes is 1 for a regression. w is [classes][d + 1], the bias
@@ -2995,34 +2986,28 @@ static void probe_fit(const float *x, const double *y, int64_t n, int64_t d, int
                       double strength, double *w) {
     int64_t width = d + 1, size = classes * width, work = PROBE_PARTS * (size + classes + width);
     Probe f = {x, y, n, width, classes, classes == 2 ? 2 * strength : strength, .curve = NULL};
-    f.curve = allocate(n + work + width * width + (2 * PROBE_MEMORY + 3) * size, sizeof *w, "probe");
+    f.curve = allocate(n + work + width * width + 2 * size, sizeof *f.curve, "probe");
     f.parts = f.curve + n;
     f.factor = f.parts + work;
-    f.steps = f.factor + width * width;
-    f.turns = f.steps + PROBE_MEMORY * size;
-    double *gradient = f.turns + PROBE_MEMORY * size, *v = gradient + size, *next = v + size;
+    double *gradient = f.factor + width * width, *v = gradient + size;
     memset(w, 0, (size_t)size * sizeof *w);
-    double loss = probe_pass(&f, w, gradient);
-    for (int turn = 0; turn < 10000; turn++) {      // until the mean gradient is below 1e-8
-        int known = turn % PROBE_MEMORY;
-        double *step = f.steps + known * size, *change = f.turns + known * size, length = 2;
+    double loss = probe_pass(&f, w, gradient), most = loss, slope = 0, length = 1;
+    for (int turn = 0; turn < 10000 && length > 1e-9; turn++) {
         if (sqrt(inner(gradient, gradient, size)) <= 1e-8 * (double)n) break;
-        if (!known) probe_factor(&f);
-        memcpy(v, gradient, (size_t)size * sizeof *v);
-        probe_solve(&f, known, v);
-        double before = loss * (1 + 1e-13), slope = inner(gradient, v, size);
-        do {                                        // halve a step that goes too far
-            length /= 2;
-            for (int64_t j = 0; j < size; j++) next[j] = w[j] - length * v[j];
-            loss = probe_pass(&f, next, change);
-        } while (length > 1e-9 && !(loss <= before - 1e-4 * length * slope));
-        if (length <= 1e-9) break;                  // nothing left but rounding
-        for (int64_t j = 0; j < size; j++) {
-            step[j] = next[j] - w[j];
-            w[j] = next[j];
-            change[j] -= gradient[j];
-            gradient[j] += change[j];
+        if (turn % PROBE_TURNS == 0) {
+            probe_factor(&f);
+            slope = probe_solve(&f, gradient, v);
+            most = loss * (1 + 1e-13);
+            length = 1;
         }
+        add_scaled(w, -length, v, size);
+        while (!((loss = probe_pass(&f, w, gradient)) <= most) && length > 1e-9) {
+            length /= 2;                            // it went too far: half of it back
+            add_scaled(w, length, v, size);
+        }
+        double left = inner(gradient, v, size), next = probe_solve(&f, gradient, v);
+        length *= (slope - left) / (slope - 2 * left + next);
+        slope = next;
     }
     release(f.curve);
 }
