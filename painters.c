@@ -3115,40 +3115,33 @@ static void end_request(Task *t, Request *r, int64_t most) {
     r->n = t->pool.n - r->first;
 }
 
-// The harness's log-likelihood request: white space at the end of the context moves to the
-// continuation, the model reads encode(context) and then what encode(context + continuation) has
-// behind as many tokens, cut to the last max_length + 1; an empty context is BOS.
-static void ask_continuation(Task *t, const Model *m, bool bos, int64_t item,
-                             const char *context, const char *continuation) {
-    int64_t n = (int64_t)strlen(context), tail;
-    Text whole = {0};
-    Ids all = {0};
-    Request *r = new_request(t, item);
-    count_words(context, &tail);
-    n -= tail;
-    text_printf(&whole, "%s %s", context, continuation);
-    push_text(m, bos || !n, context, n, &t->pool);
-    push_text(m, bos || !n, whole.s, whole.n, &all);
-    r->target = t->pool.n;
-    push_ids(&t->pool, &all, t->pool.n - r->first, all.n);
-    end_request(t, r, m->max_length + 1);
-    if (r->n > 1) r->n--;               // the last token is not fed
-    if (r->target <= r->first) r->target = r->first + 1;
-    r->row = r->target - r->first - 1;
-    r->n_targets = t->pool.n - r->target;
-    release(all.id);
-    release(whole.s);
-}
-
 // gold, context, choice, choice, ...; or gold, continuation, context, context, ...; or context,
-// continuation.
+// continuation: the harness's log-likelihood requests. White space at the end of the context moves
+// to the continuation, the model reads encode(context) and then what encode(context + continuation)
+// has behind as many tokens, cut to the last max_length + 1; an empty context is BOS.
 static void ask_continuations(Task *t, const Model *m, bool bos, int64_t item) {
-    char **field = t->items[item].field;
-    int n = t->items[item].n_fields;
-    bool contexts = t->kind->columns[1] == 't';
-    if (n == 2) ask_continuation(t, m, bos, item, field[0], field[1]);
-    for (int c = 2; c < n; c++) {
-        ask_continuation(t, m, bos, item, field[contexts ? c : 1], field[contexts ? 1 : c]);
+    const Item *it = &t->items[item];
+    bool contexts = t->kind->columns[1] == 't', single = it->n_fields == 2;
+    for (int c = single ? 1 : 2; c < it->n_fields; c++) {
+        const char *context = it->field[single ? 0 : contexts ? c : 1];
+        int64_t n = (int64_t)strlen(context), tail;
+        Text whole = {0};
+        Ids all = {0};
+        Request *r = new_request(t, item);
+        count_words(context, &tail);
+        n -= tail;
+        text_printf(&whole, "%s %s", context, it->field[contexts ? 1 : c]);
+        push_text(m, bos || !n, context, n, &t->pool);
+        push_text(m, bos || !n, whole.s, whole.n, &all);
+        r->target = t->pool.n;
+        push_ids(&t->pool, &all, t->pool.n - r->first, all.n);
+        end_request(t, r, m->max_length + 1);
+        if (r->n > 1) r->n--;           // the last token is not fed
+        if (r->target <= r->first) r->target = r->first + 1;
+        r->row = r->target - r->first - 1;
+        r->n_targets = t->pool.n - r->target;
+        release(all.id);
+        release(whole.s);
     }
 }
 
