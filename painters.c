@@ -19,8 +19,8 @@
 // MIT License; see LICENSE. Model files come from export.py; README.md documents their format.
 
 #ifndef LANES       // section 3 compiles a part of this file several times, by including it
-#if !defined _POSIX_C_SOURCE && !defined _GNU_SOURCE
-#define _POSIX_C_SOURCE 200809L
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
 #endif
 #include <errno.h>
 #include <float.h>
@@ -924,12 +924,10 @@ static void plain_gelu(float *x, int64_t n) {
 
 
 
-
-// The fast paths. 3b is written once, for vectors of LANES floats, and compiled once a path by this
-// file including itself.
-// gcc for Windows cannot align 32-byte vectors on the stack (its bug 54412).
+// The fast paths. Section 3b is written once, for vectors of LANES floats, and compiled once a path
+// by this file including itself. ACCUMULATORS is how many sums the vector registers hold at a time.
 #if defined __x86_64__ && (!defined _WIN32 || defined __clang__)
-#define HAVE_AVX2
+#define HAVE_AVX            // gcc for Windows cannot align wide vectors on the stack (its bug 54412)
 #include <cpuid.h>
 #include <immintrin.h>
 #endif
@@ -937,17 +935,17 @@ static void plain_gelu(float *x, int64_t n) {
 #define ON_PATH_(name, path) ON_PATH__(name, path)
 #define ON_PATH(name) ON_PATH_(name, PATH)
 #define INLINE static inline __attribute__((always_inline))
+#define DO_PRAGMA(text) _Pragma(#text)
 #ifdef __clang__
 #define UNROLL _Pragma("clang loop unroll(full)")
 #define ROLLED _Pragma("clang loop unroll(disable)")
+#define TARGET(t) DO_PRAGMA(clang attribute push(__attribute__((target(t))), apply_to = function))
+#define END_TARGET _Pragma("clang attribute pop")
 #else
 #define UNROLL _Pragma("GCC unroll 16")
 #define ROLLED _Pragma("GCC unroll 1")
-#endif
-#ifdef __x86_64__                       // else compilers read a vector anew for each of its uses
-#define IN_REGISTER(v) __asm__("" : "+x"(v))
-#else
-#define IN_REGISTER(v) (void)(v)
+#define TARGET(t) _Pragma("GCC push_options") DO_PRAGMA(GCC target(t))
+#define END_TARGET _Pragma("GCC pop_options")
 #endif
 #define WEIGHT_BYTES(type) ((type) == F32 ? 4 : (type) == Q8 ? 1 : 2)
 
@@ -955,37 +953,29 @@ enum {
     WIDE = 16,                  // attention: keys, or elements of values, side by side
     PANEL = 24, DEPTH = 512,    // rows and columns of W that stay in the L2 cache
     PAD = 16,                   // rows a power of two apart would share cache lines
-    CHUNK = 128,                // rows of x that meet a panel
+    CHUNK = 128,                // rows of x that meet a panel, at most
     FEW = 32                    // up to so many, W is read as it is stored
 };
 
 #define PATH generic
 #define LANES 4
-#define ROWS 2
+#define ACCUMULATORS 12
 #include "painters.c"
-#undef PATH
-#undef LANES
-#undef ROWS
 
-#ifdef HAVE_AVX2
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
+#ifdef HAVE_AVX
+TARGET("avx2,fma,f16c")
 #define PATH avx2
 #define LANES 8
-#define ROWS 6
+#define ACCUMULATORS 12
 #include "painters.c"
-#undef PATH
-#undef LANES
-#undef ROWS
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+END_TARGET
+
+TARGET("avx512f,avx512bw,avx2,fma,f16c")
+#define PATH avx512
+#define LANES 16
+#define ACCUMULATORS 24
+#include "painters.c"
+END_TARGET
 #endif
 
 #endif  // LANES
@@ -1016,12 +1006,18 @@ enum {
 #define chains_of ON_PATH(chains_of)
 #define chains ON_PATH(chains)
 #define outputs ON_PATH(outputs)
-#define tile ON_PATH(tile)
 #define tile_of ON_PATH(tile_of)
+#define tile ON_PATH(tile)
 #define exp_of ON_PATH(exp_of)
 #define weigh ON_PATH(weigh)
 #undef VECS
-#define VECS (WIDE / LANES)
+#undef IN_REGISTER
+#define VECS (WIDE / LANES)             // vectors side by side in attention
+#ifdef __x86_64__                       // else compilers read a vector anew for each of its uses
+#define IN_REGISTER(v) __asm__("" : "+v"(v))
+#else
+#define IN_REGISTER(v) (void)(v)
+#endif
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
@@ -1034,12 +1030,20 @@ INLINE vec pick(ivec mask, vec yes, vec no) {
 
 INLINE vec load(const float *p) { return *(const loose_vec *)p; }
 
-// All lanes, in one order.
+// All lanes: the upper half is added to the lower one, until one is left.
 INLINE float sum_of(vec v) {
-    for (int half = LANES / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; i++) v[i] += v[i + half];
-    }
-    return v[0];
+#if LANES >= 8
+#if LANES == 16
+    __m256 w = _mm512_castps512_ps256(v) + (__m256)_mm512_extractf64x4_pd((__m512d)v, 1);
+#else
+    __m256 w = v;
+#endif
+    __m128 q = _mm256_castps256_ps128(w) + _mm256_extractf128_ps(w, 1);
+    q += _mm_movehl_ps(q, q);
+    return q[0] + q[1];
+#else
+    return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
 }
 
 // At most n floats in a vector, zeros behind them: tails run through the same code as the rest.
@@ -1058,7 +1062,11 @@ INLINE void store_some(float *p, vec v, int64_t n) {
 // LANES neighbouring weights as float32 (8-bit ones without their scale).
 INLINE vec load_weights(const void *p, const int type) {
     if (type == F32) return load(p);
-#if defined HAVE_AVX2 && LANES == 8
+#if LANES == 16
+    if (type == Q8) return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p)));
+    if (type == F16) return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(p));
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p)), 16);
+#elif LANES == 8
     if (type == Q8) return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p)));
     if (type == F16) return (vec)_mm256_cvtph_ps(_mm_loadu_si128(p));
     return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p)), 16);
@@ -1075,46 +1083,11 @@ INLINE vec load_weights(const void *p, const int type) {
 
 // The scale of 32 8-bit weights, for all lanes.
 INLINE vec load_scale(const uint16_t *p) {
-#if defined HAVE_AVX2 && LANES == 8
-    return (vec)_mm256_cvtph_ps(_mm_set1_epi16((short)*p));
+#if LANES >= 8
+    return _cvtsh_ss(*p) - (vec){0};
 #else
     return from_f16(*p) - (vec){0};
 #endif
-}
-
-// c[rows][WIDE] = or += a[rows][depth] . b[depth][WIDE].
-INLINE void tile_of(const int rows, float *c, int64_t ldc, const float *a, int64_t lda,
-                    const float *b, int64_t ldb, int64_t depth, bool more) {
-    vec sum[6][VECS];
-    UNROLL for (int i = 0; i < rows; i++) {
-        UNROLL for (int v = 0; v < VECS; v++) {
-            sum[i][v] = more ? load(c + i * ldc + v * LANES) : (vec){0};
-        }
-    }
-    for (int64_t k = 0; k < depth; k++) {
-        vec w[VECS];
-        UNROLL for (int v = 0; v < VECS; v++) w[v] = load(b + k * ldb + v * LANES);
-        UNROLL for (int i = 0; i < rows; i++) {
-            UNROLL for (int v = 0; v < VECS; v++) sum[i][v] += a[i * lda + k] * w[v];
-        }
-    }
-    UNROLL for (int i = 0; i < rows; i++) {
-        UNROLL for (int v = 0; v < VECS; v++) *(loose_vec *)(c + i * ldc + v * LANES) = sum[i][v];
-    }
-}
-
-// The same for any number of rows, spread evenly over tiles.
-static void tile(int64_t rows, float *c, int64_t ldc, const float *a, int64_t lda, const float *b,
-                 int64_t ldb, int64_t depth, bool more) {
-    for (int64_t left = (rows + ROWS - 1) / ROWS, n; left > 0; left--) {
-        n = (rows + left - 1) / left;
-        switch (n) {
-#define TILE(n) case n: tile_of(n, c, ldc, a, lda, b, ldb, depth, more); break
-            TILE(1); TILE(2); TILE(3); TILE(4); TILE(5); TILE(6);
-#undef TILE
-        }
-        c += n * ldc, a += n * lda, rows -= n;
-    }
 }
 
 // Columns k .. k + depth of a row of W as float32, with zeros up to a multiple of 32.
@@ -1133,14 +1106,15 @@ static void widen_part(float *out, const Tensor *w, int64_t row, int64_t k, int6
     }
 }
 
-// Adds the first `depth` columns (a multiple of 32) of n rows of x and 8, 6 or 4 of W to their
-// chains, c[n][PANEL][LANES]. Rows that W lacks repeat its last one.
+// Adds the first `depth` columns (a multiple of 32) of n rows of x and m of W to their chains,
+// c[n][PANEL][LANES]. Rows that W lacks repeat its last one. `next` points to rows of x that will
+// be wanted soon: each full tile fetches its part of them.
 INLINE void chains_of(float *c, const float *x, int64_t ldx, const Tensor *w, int64_t row,
                       int64_t depth, const float *next, const int n, const int type) {
-    const int bytes = WEIGHT_BYTES(type), m = n == 1 ? 8 : 12 / n;
-    vec sum[3][8], factor[8];
-    const char *from[8];
-    const uint16_t *scale[8];
+    const int bytes = WEIGHT_BYTES(type), m = n == 1 ? 8 : ACCUMULATORS / n;
+    vec sum[4][12], factor[12];
+    const char *from[12];
+    const uint16_t *scale[12];
     UNROLL for (int j = 0; j < m; j++) {
         int64_t at = row + j < w->rows ? row + j : w->rows - 1;
         from[j] = (const char *)w->data + at * w->cols * bytes;
@@ -1148,10 +1122,11 @@ INLINE void chains_of(float *c, const float *x, int64_t ldx, const Tensor *w, in
         UNROLL for (int i = 0; i < n; i++) sum[i][j] = load(c + (i * PANEL + j) * LANES);
     }
     for (int64_t k = 0; k < depth; k += 32) {
-        if (n == 3) __builtin_prefetch(next + k / 2);
+        if (n * m == ACCUMULATORS) __builtin_prefetch(next + k / (PANEL / ACCUMULATORS));
+        if (n * m == PANEL) __builtin_prefetch(next + k + 16);
         if (type == Q8) UNROLL for (int j = 0; j < m; j++) factor[j] = load_scale(scale[j] + k / 32);
         ROLLED for (int l = 0; l < 32; l += LANES) {
-            vec a[3];
+            vec a[4];
             UNROLL for (int i = 0; i < n; i++) {
                 a[i] = load(x + i * ldx + k + l);
                 IN_REGISTER(a[i]);
@@ -1170,21 +1145,25 @@ INLINE void chains_of(float *c, const float *x, int64_t ldx, const Tensor *w, in
 }
 
 // The same for any number of rows of x and PANEL rows of W. Few rows of x meet many of W at a time,
-// since then reading W is what takes time; three meet four, and the next three are fetched meanwhile.
+// since then reading W is what takes time.
 static void chains(float *c, const float *x, int64_t ldx, int64_t n, const Tensor *w, int64_t row,
                    int64_t depth) {
+    const int64_t most = ACCUMULATORS == 24 ? 4 : 3;
     int64_t end = row + PANEL < w->rows ? row + PANEL : w->rows;
-    for (int64_t left = (n + 2) / 3, some; left > 0; left--, n -= some) {
+    for (int64_t left = (n + most - 1) / most, some; left > 0; left--, n -= some) {
         some = (n + left - 1) / left;
-        for (int64_t r = row; r < end; r += some == 1 ? 8 : 12 / some) {
+        for (int64_t r = row; r < end; r += some == 1 ? 8 : ACCUMULATORS / some) {
             float *to = c + (r - row) * LANES;
-            const float *next = x + 3 * ldx + (r - row) * depth / 8;
-            switch (3 * w->type + some) {
+            const float *next = x + some * ldx + (r - row) * depth * some / PANEL;
+            switch (4 * w->type + some) {
 #define TILE(n, type) \
-            case 3 * type + n: chains_of(to, x, ldx, w, r, depth, next, n, type); break
+            case 4 * type + n: chains_of(to, x, ldx, w, r, depth, next, n, type); break
             TILE(1, F32); TILE(1, F16); TILE(1, BF16); TILE(1, Q8);
             TILE(2, F32); TILE(2, F16); TILE(2, BF16); TILE(2, Q8);
             TILE(3, F32); TILE(3, F16); TILE(3, BF16); TILE(3, Q8);
+#if ACCUMULATORS == 24
+            TILE(4, F32); TILE(4, F16); TILE(4, BF16); TILE(4, Q8);
+#endif
 #undef TILE
             }
         }
@@ -1193,21 +1172,21 @@ static void chains(float *c, const float *x, int64_t ldx, int64_t n, const Tenso
 }
 
 // Outputs row .. row + PANEL of rows first .. first + some of the n of x, which lies in `blocks` of
-// depth columns each, [blocks][n][depth + PAD].
-static void outputs(float *y, const float *x, const Tensor *w, const float *bias, int64_t n,
-                    int64_t first, int64_t some, int64_t row, int64_t depth, int64_t blocks,
+// depth columns each, [blocks][n][ldx].
+static void outputs(float *y, const float *x, int64_t ldx, const Tensor *w, const float *bias,
+                    int64_t n, int64_t first, int64_t some, int64_t row, int64_t depth,
                     bool direct) {
-    int64_t rows = w->rows - row < PANEL ? w->rows - row : PANEL, ldx = depth + PAD;
+    int64_t rows = w->rows - row < PANEL ? w->rows - row : PANEL;
     float *c = scratch(1, PANEL * (CHUNK * LANES + DEPTH + PAD)), *wide = c + CHUNK * PANEL * LANES;
     const Tensor panel = {F32, rows, DEPTH + PAD, wide, NULL};
     memset(c, 0, (size_t)(some * PANEL * LANES) * sizeof *c);
-    for (int64_t b = 0; b < blocks; b++) {
-        int64_t k = b * depth, here = w->cols - k < depth ? w->cols - k : depth;
+    for (int64_t k = 0; k < w->cols; k += depth) {
+        int64_t here = w->cols - k < depth ? w->cols - k : depth;
         for (int64_t r = 0; r < rows && !direct; r++) {
             widen_part(wide + r * (DEPTH + PAD), w, row + r, k, here);
         }
-        chains(c, x + (b * n + first) * ldx, ldx, some, direct ? w : &panel, direct ? row : 0,
-               (here + 31) / 32 * 32);
+        chains(c, x + (k / depth * n + first) * ldx, ldx, some, direct ? w : &panel,
+               direct ? row : 0, (here + 31) / 32 * 32);
     }
     for (int64_t i = 0; i < some; i++) {
         for (int64_t r = 0; r < rows; r++) {
@@ -1219,23 +1198,24 @@ static void outputs(float *y, const float *x, const Tensor *w, const float *bias
 
 static void ON_PATH(matmul)(float *y, const float *x, const Tensor *w, const float *bias,
                             int64_t n) {
-    bool direct = n <= FEW && w->cols % 32 == 0;
-    int64_t depth = direct ? w->cols : DEPTH, blocks = (w->cols + depth - 1) / depth;
-    int64_t panels = (w->rows + PANEL - 1) / PANEL, chunks = (n + CHUNK - 1) / CHUNK;
+    bool cheap = LANES == 16 && (w->type == F16 || w->type == BF16);     // to widen for each tile
+    bool direct = w->cols % 32 == 0 && (n <= FEW || cheap);
+    int64_t depth = direct ? w->cols : DEPTH, blocks = direct ? 0 : (w->cols + depth - 1) / depth;
+    int64_t chunk = direct ? CHUNK / 2 : CHUNK, chunks = (n + chunk - 1) / chunk;
+    int64_t panels = (w->rows + PANEL - 1) / PANEL;
     float *copy = scratch(0, blocks * n * (depth + PAD));
     #pragma omp parallel if (n * w->rows * w->cols > 1 << 21)
     {
         #pragma omp for
         for (int64_t i = 0; i < blocks * n; i++) {
             int64_t k = i / n * depth, here = w->cols - k < depth ? w->cols - k : depth;
-            float *to = copy + i * (depth + PAD);
-            memcpy(to, x + i % n * w->cols + k, (size_t)here * sizeof *x);
-            for (; here % 32; here++) to[here] = 0;
+            widen_part(copy + i * (depth + PAD), &(Tensor){F32, n, w->cols, x, NULL}, i % n, k, here);
         }
         #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < panels * chunks; i++) {
-            int64_t first = i % chunks * CHUNK, some = n - first < CHUNK ? n - first : CHUNK;
-            outputs(y, copy, w, bias, n, first, some, i / chunks * PANEL, depth, blocks, direct);
+            int64_t first = i % chunks * chunk, some = n - first < chunk ? n - first : chunk;
+            outputs(y, direct ? x : copy, direct ? depth : depth + PAD, w, bias, n, first, some,
+                    i / chunks * PANEL, depth, direct);
         }
     }
 }
@@ -1277,6 +1257,40 @@ static void ON_PATH(gelu)(float *x, int64_t n) {
     }
 }
 
+// c[rows][WIDE] = or += a[rows][depth] . b[depth][WIDE].
+INLINE void tile_of(const int rows, float *c, int64_t ldc, const float *a, int64_t lda,
+                    const float *b, int64_t ldb, int64_t depth, bool more) {
+    vec sum[12][VECS];
+    UNROLL for (int i = 0; i < rows; i++) {
+        UNROLL for (int v = 0; v < VECS; v++) {
+            sum[i][v] = more ? load(c + i * ldc + v * LANES) : (vec){0};
+        }
+    }
+    for (int64_t k = 0; k < depth; k++) {
+        vec w[VECS];
+        UNROLL for (int v = 0; v < VECS; v++) w[v] = load(b + k * ldb + v * LANES);
+        UNROLL for (int i = 0; i < rows; i++) {
+            UNROLL for (int v = 0; v < VECS; v++) sum[i][v] += a[i * lda + k] * w[v];
+        }
+    }
+    UNROLL for (int i = 0; i < rows; i++) {
+        UNROLL for (int v = 0; v < VECS; v++) *(loose_vec *)(c + i * ldc + v * LANES) = sum[i][v];
+    }
+}
+
+// The same for any number of rows.
+static void tile(int64_t rows, float *c, int64_t ldc, const float *a, int64_t lda, const float *b,
+                 int64_t ldb, int64_t depth, bool more) {
+    enum { MOST = ACCUMULATORS / VECS > 12 ? 12 : ACCUMULATORS / VECS };
+    for (int64_t n; rows > 0; rows -= n) {
+        n = rows >= MOST ? MOST : rows >= 3 ? 3 : 1;
+        if (n == MOST) tile_of(MOST, c, ldc, a, lda, b, ldb, depth, more);
+        else if (n == 3) tile_of(3, c, ldc, a, lda, b, ldb, depth, more);
+        else tile_of(1, c, ldc, a, lda, b, ldb, depth, more);
+        c += n * ldc, a += n * lda;
+    }
+}
+
 // c[rows][stride] += p[rows][from .. to] . V[from .. to][stride]; positions count through the spans.
 static void weigh(float *c, int64_t stride, const float *p, int64_t ldp, int64_t rows,
                   const Span *s, int64_t from, int64_t to) {
@@ -1295,19 +1309,19 @@ static void weigh(float *c, int64_t stride, const float *p, int64_t ldp, int64_t
 static void ON_PATH(attend)(float *out, const float *q, int64_t ld, int64_t n, int64_t group,
                             int64_t head_dim, const Span *spans, int64_t n_spans, int64_t past,
                             bool causal) {
-    enum { SOME = 4 * ROWS };              // rows that read keys and values together
+    enum { SOME = 24 };                     // rows that read keys and values together
     int64_t stride = (head_dim + 15) / 16 * 16, lda = stride + 1;
-    int64_t keys_padded = (past + n + 31) / 16 * 16, ldp = keys_padded + 16, rows;
+    int64_t ldp = (past + n + 31) / 16 * 16 + 16, rows;
     float *p = scratch(1, SOME * (ldp + stride + lda)), *c = p + SOME * ldp, *a = c + SOME * stride;
     for (int64_t i0 = 0; i0 < n * group; i0 += rows) {
         rows = n * group - i0 < SOME ? n * group - i0 : SOME;
-        int64_t last = i0 + rows - 1, most = causal ? past + last / group + 1 : past + n, start = 0;
+        int64_t last = (i0 + rows - 1) / group, most = causal ? past + last + 1 : past + n;
         for (int64_t i = 0; i < rows; i++) {
             const float *from = q + (i0 + i) / group * ld + (i0 + i) % group * head_dim;
             for (int64_t d = 0; d < head_dim; d++) a[i * lda + d] = from[d] / sqrtf((float)head_dim);
-            memset(c + i * stride, 0, (size_t)stride * sizeof *c);
         }
-        for (const Span *s = spans; s < spans + n_spans && start < most; start += s++->count) {
+        const Span *s = spans;
+        for (int64_t start = 0; s < spans + n_spans && start < most; start += s++->count) {
             int64_t keys = most - start < s->count ? most - start : s->count;
             for (int64_t t = 0; t < keys; t += WIDE) {
                 tile(rows, p + start + t, ldp, a, lda, s->k + t * head_dim, WIDE, head_dim, false);
@@ -1316,18 +1330,22 @@ static void ON_PATH(attend)(float *out, const float *q, int64_t ld, int64_t n, i
         float sums[SOME];
         for (int64_t i = 0; i < rows; i++) {        // softmax; keys that are not seen get weight 0
             int64_t seen = causal ? past + (i0 + i) / group + 1 : most;
-            float *row = p + i * ldp, max = row[0];
-            for (int64_t t = 1; t < seen; t++) max = row[t] > max ? row[t] : max;
-            for (int64_t t = seen; t < keys_padded; t++) row[t] = -INFINITY;
-            vec sum = {0};
-            for (int64_t t = 0; t < keys_padded; t += LANES) {
+            float *row = p + i * ldp, max = -INFINITY;
+            vec sum = {0}, top = max - sum;
+            for (int64_t t = seen; t < most + LANES; t++) row[t] = -INFINITY;
+            for (int64_t t = 0; t < seen; t += LANES) {
+                top = pick(load(row + t) > top, load(row + t), top);
+            }
+            for (int l = 0; l < LANES; l++) max = top[l] > max ? top[l] : max;
+            for (int64_t t = 0; t < most; t += LANES) {
                 vec e = exp_of(load(row + t) - max);
                 *(loose_vec *)(row + t) = e;
                 sum += e;
             }
             sums[i] = sum_of(sum);
         }
-        int64_t least = causal ? past + i0 / group + 1 : most;  // what the first row sees
+        int64_t least = causal ? past + i0 / group + 1 : most;      // what the first row sees
+        memset(c, 0, (size_t)(rows * stride) * sizeof *c);
         weigh(c, stride, p, ldp, rows, spans, 0, least);
         for (int64_t i = 0; i < rows && causal; i++) {
             weigh(c + i * stride, stride, p + i * ldp, ldp, 1, spans, least,
@@ -1344,13 +1362,179 @@ static void ON_PATH(attend)(float *out, const float *q, int64_t ld, int64_t n, i
 #ifndef LANES
 
 // ------------------------------------------------------------------------------------------------
-// 3c. Choosing the kernels
+// 3c. Matrix products with AMX (skip on first reading), on Intel servers since 2023
+// ------------------------------------------------------------------------------------------------
+//
+// One instruction multiplies tiles of bfloat16, 16 x 32 times 32 x 16, and adds to 16 x 16 float32.
+// A float32 is split into two bfloat16, high and low, which hold 16 of its 24 bits:
+//
+//     W . x  =  Wh . xh  +  Wh . xl  +  Wl . xh      (Wl . xl is less than the rounding of the rest)
+//
+// A float16 or 8-bit weight (times its scale) is such a sum too, and a bfloat16 is a high part alone.
+// With 8-bit weights the low part of x is left out: what they lost weighs more. Every output is
+// summed along the columns in one order; rows are filled up to 32 with zeros, however few they are.
+
+// Intrinsics of AMX came with gcc 11 and clang 12. The kernel has to be asked for the registers.
+#if defined HAVE_AVX && defined __linux__ && \
+    ((defined __clang__ && __clang_major__ >= 12) || (!defined __clang__ && __GNUC__ >= 11))
+#define HAVE_AMX
+#include <sys/syscall.h>
+TARGET("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx2,fma,f16c")
+
+enum {
+    TILE_BF16 = 512,                                // bfloat16 in a tile: [16][32]
+    AMX_DEPTH = 256,                                // columns of x and W that stay in the caches,
+    AMX_GROUP = AMX_DEPTH / 32 * 2 * TILE_BF16,     // which for 16 rows are so many bfloat16
+    AMX_PANEL = 128, AMX_CHUNK = 512                // rows of W, and rows of x that meet them, at most
+};
+
+static void transpose_tile(float t[16][16]) {
+    __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int d = 1; d < 16; d *= 2) {               // blocks of d x d change places
+        __m512i by = _mm512_set1_epi32(d), to_second = _mm512_set1_epi32(16);
+        __mmask16 right = _mm512_test_epi32_mask(lane, by);
+        __m512i upper = _mm512_mask_add_epi32(lane, right, lane, _mm512_sub_epi32(to_second, by));
+        __m512i lower = _mm512_mask_add_epi32(_mm512_add_epi32(lane, by), right, lane, to_second);
+        for (int i = 0; i < 16; i++) {
+            if (i & d) continue;
+            __m512 a = _mm512_loadu_ps(t[i]), b = _mm512_loadu_ps(t[i + d]);
+            _mm512_storeu_ps(t[i], _mm512_permutex2var_ps(a, upper, b));
+            _mm512_storeu_ps(t[i + d], _mm512_permutex2var_ps(a, lower, b));
+        }
+    }
+}
+
+// Rows row .. row + 16 of W and AMX_DEPTH columns from k as tiles, [columns / 32][high, low][16][32];
+// `turned`: rows and pairs of columns change places, as a second factor has to stand.
+static void amx_pack(uint16_t *to, const Tensor *w, int64_t row, int64_t k, bool turned) {
+    int64_t depth = w->cols - k < AMX_DEPTH ? w->cols - k : AMX_DEPTH, bytes = WEIGHT_BYTES(w->type);
+    const char *next = (const char *)w->data + (row * w->cols + k + AMX_DEPTH) * bytes;
+    float wide[AMX_DEPTH];
+    for (int i = 0; i < 16; i++) {
+        if (row + i < w->rows) widen_part_avx512(wide, w, row + i, k, depth);
+        else memset(wide, 0, sizeof wide);
+        for (int64_t c = 0; c < depth; c += 32) {
+            uint16_t *high = to + c / 32 * 2 * TILE_BF16 + i * 32;
+            __builtin_prefetch(next + (i * w->cols + c) * bytes);
+            __m512 a = _mm512_loadu_ps(wide + c), b = _mm512_loadu_ps(wide + c + 16);
+            _mm512_storeu_si512(high, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+            a -= load_weights_avx512(high, BF16);
+            b -= load_weights_avx512(high + 16, BF16);
+            _mm512_storeu_si512(high + TILE_BF16, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+        }
+    }
+    for (int64_t t = 0; t < (depth + 31) / 32 * 2 && turned; t++) {
+        transpose_tile((float (*)[16])(void *)(to + t * TILE_BF16));
+    }
+}
+
+// c[2][2][16][16] = or += two groups of W times two groups of x, `tiles` of them along the columns.
+static void amx_multiply(float *c, const uint16_t *w, const uint16_t *x, int64_t tiles, int type,
+                         bool more) {
+#define PRODUCTS() \
+    { _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7); }
+#define FACTORS(first, second, p) \
+    { _tile_loadd(first, (p) + at, 64); _tile_loadd(second, (p) + AMX_GROUP + at, 64); }
+    if (!more) memset(c, 0, 4 * 256 * sizeof *c);
+    __asm__ volatile("" ::: "memory");              // gcc's _tile_loadd does not say that it reads
+    _tile_loadd(0, c, 64);
+    _tile_loadd(1, c + 256, 64);
+    _tile_loadd(2, c + 512, 64);
+    _tile_loadd(3, c + 768, 64);
+    for (int64_t at = 0; at < tiles * 2 * TILE_BF16; at += 2 * TILE_BF16) {
+        FACTORS(4, 5, w)
+        FACTORS(6, 7, x)
+        PRODUCTS()
+        if (type != Q8) {
+            FACTORS(6, 7, x + TILE_BF16)
+            PRODUCTS()
+        }
+        if (type != BF16) {
+            FACTORS(4, 5, w + TILE_BF16)
+            FACTORS(6, 7, x)
+            PRODUCTS()
+        }
+    }
+    _tile_stored(0, c, 64);
+    _tile_stored(1, c + 256, 64);
+    _tile_stored(2, c + 512, 64);
+    _tile_stored(3, c + 768, 64);
+#undef PRODUCTS
+#undef FACTORS
+}
+
+// Outputs row .. row + rows of rows first .. first + some of the n of x, which is packed as
+// [blocks of columns][groups of 16 rows].
+static void amx_outputs(float *y, const uint16_t *x, const Tensor *w, const float *bias, int64_t n,
+                        int64_t first, int64_t some, int64_t row, int64_t rows) {
+    static const struct { uint8_t palette, start, zero[14]; uint16_t bytes[16]; uint8_t rows[16]; }
+        shapes = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    int64_t groups = (n + 31) / 32 * 2;
+    float *c = scratch(1, AMX_CHUNK * AMX_PANEL + AMX_PANEL / 16 * AMX_GROUP / 2), *block;
+    uint16_t *packed = (uint16_t *)(void *)(c + AMX_CHUNK * AMX_PANEL);
+    _tile_loadconfig(&shapes);
+    for (int64_t k = 0; k < w->cols; k += AMX_DEPTH) {
+        int64_t tiles = ((w->cols - k < AMX_DEPTH ? w->cols - k : AMX_DEPTH) + 31) / 32;
+        for (int64_t r = 0; r < (rows + 31) / 32 * 32; r += 16) {
+            amx_pack(packed + r / 16 * AMX_GROUP, w, row + r, k, false);
+        }
+        block = c;
+        for (int64_t i = 0; i < some; i += 32) {
+            const uint16_t *from = x + (k / AMX_DEPTH * groups + (first + i) / 16) * AMX_GROUP;
+            for (int64_t r = 0; r < rows; r += 32, block += 4 * 256) {
+                amx_multiply(block, packed + r / 16 * AMX_GROUP, from, tiles, w->type, k > 0);
+            }
+        }
+    }
+    _tile_release();
+    block = c;
+    for (int64_t i = 0; i < some; i += 32) {
+        for (int64_t r = 0; r < rows; r += 32) {
+            for (int q = 0; q < 4; q++, block += 256) {     // a tile of outputs: [16 of W][16 of x]
+                int64_t at = r + q / 2 * 16, left = rows - at;
+                transpose_tile((float (*)[16])(void *)block);
+                for (int64_t j = i + q % 2 * 16, l = 0; l < 16 && j < some && left > 0; j++, l++) {
+                    vec_avx512 sum = load_avx512(block + l * 16);
+                    if (bias) sum += load_some_avx512(bias + row + at, left);
+                    store_some_avx512(y + (first + j) * w->rows + row + at, sum, left);
+                }
+            }
+        }
+    }
+}
+
+static void matmul_amx(float *y, const float *x, const Tensor *w, const float *bias, int64_t n) {
+    int64_t groups = (n + 31) / 32 * 2, blocks = (w->cols + AMX_DEPTH - 1) / AMX_DEPTH;
+    int64_t panel = n <= FEW ? 32 : AMX_PANEL, panels = (w->rows + panel - 1) / panel;
+    int64_t chunks = (n + AMX_CHUNK - 1) / AMX_CHUNK;
+    uint16_t *packed = (uint16_t *)(void *)scratch(0, blocks * groups * AMX_GROUP / 2);
+    #pragma omp parallel if (n * w->rows * w->cols > 1 << 21)
+    {
+        #pragma omp for
+        for (int64_t i = 0; i < blocks * groups; i++) {
+            amx_pack(packed + i * AMX_GROUP, &(Tensor){F32, n, w->cols, x, NULL}, i % groups * 16,
+                     i / groups * AMX_DEPTH, true);
+        }
+        #pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < panels * chunks; i++) {
+            int64_t first = i % chunks * AMX_CHUNK, row = i / chunks * panel;
+            amx_outputs(y, packed, w, bias, n, first, n - first < AMX_CHUNK ? n - first : AMX_CHUNK,
+                        row, w->rows - row < panel ? w->rows - row : panel);
+        }
+    }
+}
+END_TARGET
+#endif
+
+// ------------------------------------------------------------------------------------------------
+// 3d. Choosing the kernels
 // ------------------------------------------------------------------------------------------------
 
 typedef struct {                // one way to compute all this; the last that the CPU has is taken
     const char *name;
     int level;                  // of the CPU: -1 any; 0 rounds every result to float32, which the
-                                // x87 does not; 1 has AVX2, FMA and F16C
+                                // x87 does not; 1 has AVX2, FMA and F16C, 2 the first of AVX-512,
+                                // 3 AMX
     void (*matmul)(float *, const float *, const Tensor *, const float *, int64_t);
     void (*attend)(float *, const float *, int64_t, int64_t, int64_t, int64_t, const Span *,
                    int64_t, int64_t, bool);
@@ -1361,8 +1545,12 @@ typedef struct {                // one way to compute all this; the last that th
 static const Kernels kernel_table[] = {
     {"plain", -1, plain_matmul, plain_attend, plain_silu_multiply, plain_gelu},
     {"generic", 0, matmul_generic, attend_generic, silu_multiply_generic, gelu_generic},
-#ifdef HAVE_AVX2
+#ifdef HAVE_AVX
     {"avx2", 1, matmul_avx2, attend_avx2, silu_multiply_avx2, gelu_avx2},
+    {"avx512", 2, matmul_avx512, attend_avx512, silu_multiply_avx512, gelu_avx512},
+#endif
+#ifdef HAVE_AMX
+    {"amx", 3, matmul_amx, attend_avx512, silu_multiply_avx512, gelu_avx512},
 #endif
 };
 enum { N_KERNELS = sizeof kernel_table / sizeof *kernel_table };
@@ -1371,11 +1559,19 @@ static const Kernels *kernels = &kernel_table[0];
 // Has this CPU what entry i of the table needs?
 static bool kernels_available(int i) {
     int level = FLT_EVAL_METHOD == 0 ? 0 : -1;
-#ifdef HAVE_AVX2
+#ifdef HAVE_AVX
     unsigned a, b, c, d;
     __builtin_cpu_init();
     bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
     if (f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) level = 1;
+    bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
+    if (level == 1 && wide) level = 2;
+#ifdef HAVE_AMX
+    bool tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & d >> 24 & 1);
+    bool bf16 = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+    if (level == 2 && tiles && bf16 && !syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA)) level = 3;
+#endif
 #endif
     return kernel_table[i].level <= level;
 }
@@ -1418,6 +1614,7 @@ static void gelu(float *x, int64_t n) { kernels->gelu(x, n); }
 // them again.
 enum {
     MAX_DEPTH = 8,              // a sequence and its ancestors
+    RUN = 32,                   // neighbouring rows of a sequence that attention takes together
     WORTH_THREADS = 1 << 19     // operations; fewer are not worth waking threads for
 };
 
@@ -1428,16 +1625,17 @@ typedef struct {
     int64_t n_slots;            // places of the schedule that keep their keys and values. 1: they
                                 // are read in this pass only, and one slot serves every layer
     float *data;                // [n_slots][kv_heads] x { K [capacity/16][head_dim][16],
-    int64_t data_rows;          //                         V [capacity][value_stride] }
+                                //                         V [capacity][value_stride] }
 } Sequence;
 
-typedef struct { int id, segment, sequence; int64_t position; } Token;  // segment: BERT's token type
-typedef struct { int64_t row, n; } Run;         // neighbouring rows of one sequence, at most RUN
-enum { RUN = 32 };
+typedef struct {
+    int id, segment, sequence;  // segment: BERT's token type
+    int64_t position;
+} Token;
 
 typedef struct {                // the rows that the next pass runs
     Token *tokens;              // [n_rows]
-    Run *runs;                  // [n_runs]
+    int64_t *first;             // [n_runs + 1]: run i is rows first[i] to first[i + 1]
     int64_t n_rows, n_runs, row_capacity, run_capacity;
     int64_t n_pairs;            // of a row and a key that it sees
 } Batch;
@@ -1450,7 +1648,7 @@ typedef struct {                // everything a forward pass needs beside the mo
     Batch batch;
     float *x, *y, *mean;                        // [rows][dim]: the residual stream before a layer,
                                                 // behind it, and the mean of a step's layers
-    float *h;                                   // [rows][dim]: what is to be added to the stream
+    float *h;                                   // [rows][dim]: input or output of half a layer
     float *q, *att;                             // [rows][heads * head_dim]
     float *k, *v, *k_mean, *v_mean;             // [rows][kv_heads * head_dim]
     float *gate, *up;                           // [rows][hidden]
@@ -1472,7 +1670,7 @@ static void session_free(Session *s) {
     for (int64_t i = 0; i < s->sequences_capacity; i++) release(s->sequences[i].data);
     release(s->sequences);
     release(s->batch.tokens);
-    release(s->batch.runs);
+    release(s->batch.first);
     release(s->work);
     release(s);
 }
@@ -1480,41 +1678,29 @@ static void session_free(Session *s) {
 // Ends a pass: the batch's rows stay with their sequences, and the batch is empty.
 static void batch_commit(Session *s) { s->batch.n_rows = s->batch.n_runs = s->batch.n_pairs = 0; }
 
-// Forgets all sequences from index `keep` on; their memory stays for those that follow.
+// Forgets all sequences from index `keep` on.
 static void session_reset(Session *s, int64_t keep) {
     s->n_sequences = keep;
     batch_commit(s);
 }
 
-// Makes room for [rows][width] floats; what was there is lost.
-static void make_room(float **p, int64_t *capacity, int64_t rows, int64_t width, const char *what) {
-    if (rows <= *capacity) return;
-    float *more = allocate(rows, width * (int64_t)sizeof *more, what);
-    release(*p);
-    *p = more;
-    *capacity = rows;
-}
-
-// Makes sequence `i` an empty one with room for `capacity` tokens in each of n_slots slots.
-static void sequence_open(Session *s, int64_t i, int parent, int64_t capacity, int64_t n_slots) {
+// A new sequence behind `parent` (-1: none) with room for `capacity` tokens in each of its slots.
+static int sequence_new(Session *s, int parent, int64_t capacity, int64_t n_slots) {
     const Model *m = s->model;
+    int64_t width = m->n_kv_heads * (m->head_dim + value_stride(m));
+    s->sequences = grow(s->sequences, &s->sequences_capacity, s->n_sequences + 1,
+                        sizeof *s->sequences, "sequences");
     const Sequence *p = parent < 0 ? NULL : &s->sequences[parent];
-    Sequence *q = &s->sequences[i];
+    Sequence *q = &s->sequences[s->n_sequences];
     q->parent = parent;
     q->depth = p ? p->depth + 1 : 1;
     if (q->depth > MAX_DEPTH) die("a sequence has over %d ancestors; put them into one", MAX_DEPTH);
     q->start = q->end = p ? p->end : 0;
     q->capacity = (capacity + 15) / 16 * 16;
     q->n_slots = n_slots;
-    make_room(&q->data, &q->data_rows, q->capacity * n_slots,
-              m->n_kv_heads * (m->head_dim + value_stride(m)), "key/value cache");
-}
-
-// A new sequence behind `parent` (-1: none) with room for `capacity` tokens in each of n_slots slots.
-static int sequence_new(Session *s, int parent, int64_t capacity, int64_t n_slots) {
-    s->sequences = grow(s->sequences, &s->sequences_capacity, s->n_sequences + 1,
-                        sizeof *s->sequences, "sequences");
-    sequence_open(s, s->n_sequences, parent, capacity, n_slots);
+    float *data = allocate(q->capacity * n_slots, width * (int64_t)sizeof *data, "key/value cache");
+    release(q->data);
+    q->data = data;
     return (int)s->n_sequences++;
 }
 
@@ -1522,11 +1708,10 @@ static int sequence_new(Session *s, int parent, int64_t capacity, int64_t n_slot
 static void sequence_close(Session *s, int i) {
     release(s->sequences[i].data);
     s->sequences[i].data = NULL;
-    s->sequences[i].data_rows = 0;
 }
 
-// Adds a token to the batch and to its sequence. The rows of a sequence stand together, and those of
-// a parent come before its children's. `segment` is BERT's token type.
+// Adds a token to the batch and to its sequence. The rows of a sequence stand together, and those
+// of a parent come before its children's. `segment` is BERT's token type.
 static void batch_add(Session *s, int sequence, int token, int segment) {
     const Model *m = s->model;
     Sequence *q = &s->sequences[sequence];
@@ -1538,13 +1723,12 @@ static void batch_add(Session *s, int sequence, int token, int segment) {
         die("the text is longer than the model's context of %d tokens; shorten it", m->max_length);
     }
     b->tokens = grow(b->tokens, &b->row_capacity, b->n_rows + 1, sizeof *b->tokens, "batch");
-    b->runs = grow(b->runs, &b->run_capacity, b->n_runs + 1, sizeof *b->runs, "batch");
-    const Run *last = b->n_runs ? &b->runs[b->n_runs - 1] : NULL;
-    if (!last || last->n == RUN || b->tokens[last->row].sequence != sequence) {
-        b->runs[b->n_runs++] = (Run){b->n_rows, 0};
-    }
-    b->runs[b->n_runs - 1].n++;
+    b->first = grow(b->first, &b->run_capacity, b->n_runs + 2, sizeof *b->first, "batch");
+    bool goes_on = b->n_rows && b->tokens[b->n_rows - 1].sequence == sequence &&
+                   b->n_rows - b->first[b->n_runs - 1] < RUN;
+    if (!goes_on) b->n_runs++;
     b->tokens[b->n_rows++] = (Token){token, segment, sequence, q->end++};
+    b->first[b->n_runs] = b->n_rows;
     b->n_pairs += q->end;
 }
 
@@ -1583,10 +1767,10 @@ static void attention(Session *s, int64_t slot) {
     cache_store(s, slot, s->k, s->v);
     #pragma omp parallel for schedule(dynamic) if (b->n_pairs * ld > WORTH_THREADS)
     for (int64_t piece = 0; piece < b->n_runs * m->n_kv_heads; piece++) {
-        const Run run = b->runs[b->n_runs - 1 - piece / m->n_kv_heads];     // the longest rows first
-        const Token *first = &b->tokens[run.row];
-        const Sequence *own = &s->sequences[first->sequence];
-        int64_t head = piece % m->n_kv_heads, at = run.row * ld + head * group * m->head_dim;
+        int64_t run = b->n_runs - 1 - piece / m->n_kv_heads;    // rows that see most come first
+        int64_t row = b->first[run], n = b->first[run + 1] - row, head = piece % m->n_kv_heads;
+        int64_t at = row * ld + head * group * m->head_dim;
+        const Sequence *own = &s->sequences[b->tokens[row].sequence];
         Span spans[MAX_DEPTH], *span = spans + MAX_DEPTH;
         int64_t end = own->end;         // of a parent is read what is before its child's start
         for (const Sequence *q = own; q; q = q->parent < 0 ? NULL : &s->sequences[q->parent]) {
@@ -1595,8 +1779,8 @@ static void attention(Session *s, int64_t slot) {
             end = q->start;
         }
         bool causal = m->arch == LLAMA;         // in BERT every row sees the whole sequence
-        attend(s->att + at, s->q + at, ld, run.n, group, m->head_dim, span, own->depth,
-               causal ? first->position : own->end - run.n, causal);
+        attend(s->att + at, s->q + at, ld, n, group, m->head_dim, span, own->depth,
+               causal ? b->tokens[row].position : own->end - n, causal);
     }
 }
 
@@ -1612,7 +1796,8 @@ static void rms_norm(float *out, const float *x, const float *weight, const Mode
 }
 
 // LayerNorm (Ba et al. 2016) of n rows, in place: x = (x - mean) / deviation * weight + bias.
-static void layer_norm(float *x, const float *weight, const float *bias, const Model *m, int64_t n) {
+static void layer_norm(float *x, const float *weight, const float *bias, const Model *m,
+                       int64_t n) {
     int64_t d = m->dim;
     #pragma omp parallel for if (n * d > WORTH_THREADS)
     for (int64_t r = 0; r < n; r++) {
@@ -1710,10 +1895,9 @@ static void run_step(Session *s, const Schedule *schedule, int64_t i) {
     const Model *m = s->model;
     int64_t first = schedule->first[i], n = schedule->first[i + 1] - first;
     int64_t size = s->batch.n_rows * m->dim, kv = s->batch.n_rows * m->n_kv_heads * m->head_dim;
+    void (*layer)(Session *, const Layer *, int64_t) = m->arch == LLAMA ? llama_layer : bert_layer;
     for (int64_t j = 0; j < n; j++) {
-        const Layer *l = &m->layers[schedule->layer[first + j]];
-        if (m->arch == LLAMA) llama_layer(s, l, s->kv_mean ? i : first + j);
-        else bert_layer(s, l, s->kv_mean ? i : first + j);
+        layer(s, &m->layers[schedule->layer[first + j]], s->kv_mean ? i : first + j);
         s->layer_passes++;
         average(s->mean, s->y, size, j, n);
         if (!s->kv_mean) continue;
@@ -1743,7 +1927,12 @@ static void session_room(Session *s) {
         {&s->rope, m->head_dim}};
     enum { PIECES = sizeof pieces / sizeof *pieces };
     for (int i = 0; i < PIECES; i++) width += pieces[i].width;
-    make_room(&s->work, &s->work_rows, n, width, "activations of a batch");
+    if (n > s->work_rows) {
+        float *work = allocate(n, width * (int64_t)sizeof *work, "activations of a batch");
+        release(s->work);
+        s->work = work;
+        s->work_rows = n;
+    }
     float *at = s->work;
     for (int i = 0; i < PIECES; at += n * pieces[i++].width) *pieces[i].p = at;
 }
@@ -1822,58 +2011,56 @@ static void pooled(Session *s, const int64_t *rows, int64_t n, float *out) {
 
 // float16 nearest to f, which is not negative; infinity where that is too large.
 static uint16_t to_f16(float f) {
-    uint32_t bits;
-    if (f < 0x1p-14f) return (uint16_t)lrintf(f * 0x1p24f);
+    int exponent;
     if (!(f < 65520)) return 0x7c00;
-    memcpy(&bits, &f, sizeof bits);
-    return (uint16_t)((bits + 0xfff + (bits >> 13 & 1)) >> 13) - (112 << 10);
+    frexpf(f, &exponent);
+    if (f < 0x1p-14f) exponent = -13;           // subnormal, or zero
+    return (uint16_t)(((exponent + 13) << 10) + lrintf(ldexpf(f, 11 - exponent)));
 }
 
-// One row in 8 bits. error[0] and error[1] become the sums of squares of what is lost and of all;
-// they are no numbers where a weight is none, or too large.
-static void quantize_row(int8_t *q, uint16_t *scale, const float *x, int64_t n, double *error) {
-    error[0] = error[1] = 0;
+// One row in 8 bits. squares[0] becomes the sum of the squares of what is lost, squares[1] that of
+// the weights; they are no numbers where a weight is none, or too large.
+static void quantize_row(int8_t *q, uint16_t *scale, const float *x, int64_t n, double *squares) {
+    squares[0] = squares[1] = 0;
     for (int64_t from = 0; from < n; from += 32) {
         int64_t to = n - from < 32 ? n : from + 32;
         float largest = 0;
-        for (int64_t i = from; i < to; i++) {
-            if (fabsf(x[i]) > largest) largest = fabsf(x[i]);
-        }
+        for (int64_t i = from; i < to; i++) largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
         scale[from / 32] = to_f16(largest / 127);
         float step = from_f16(scale[from / 32]);
         for (int64_t i = from; i < to; i++) {
             float steps = step > 0 ? x[i] / step : 0;
             q[i] = (int8_t)lrintf(steps > 127 ? 127 : steps < -127 ? -127 : steps);
             double lost = (double)x[i] - (double)(step * q[i]);
-            error[0] += lost * lost;
-            error[1] += (double)x[i] * (double)x[i];
+            squares[0] += lost * lost;
+            squares[1] += (double)x[i] * (double)x[i];
         }
     }
 }
 
 // A matrix in 8 bits, as files hold it. *error becomes the root of the mean squared error over that
 // of the weights.
-static unsigned char *quantize(const Tensor *w, double *error) {
-    int64_t groups = (w->cols + 31) / 32;
-    unsigned char *out = allocate(stored_bytes(Q8, w->rows, w->cols), 1, "8-bit weights");
-    void *scales = out + (w->rows * w->cols + 63) / 64 * 64;
-    double *squares = allocate(w->rows, 2 * sizeof *squares, "errors"), sum[2] = {0};
-    #pragma omp parallel for if (w->rows * w->cols > WORTH_THREADS)
+static char *quantize(const Tensor *w, double *error) {
+    int64_t n = w->cols, groups = (n + 31) / 32;
+    char *out = allocate(stored_bytes(Q8, w->rows, n), 1, "8-bit weights");
+    uint16_t *scale = (void *)(out + (w->rows * n + 63) / 64 * 64);
+    double sum[2] = {0};
+    #pragma omp parallel for ordered schedule(static, 1) if (w->rows * n > WORTH_THREADS)
     for (int64_t r = 0; r < w->rows; r++) {
-        float *row = allocate(w->cols, sizeof *row, "a row of weights");
-        widen(row, w, r);
-        quantize_row((int8_t *)out + r * w->cols, (uint16_t *)scales + r * groups, row, w->cols,
-                     squares + 2 * r);
-        release(row);
+        double squares[2];
+        float *x = allocate(n, sizeof *x, "a row of weights");
+        widen(x, w, r);
+        quantize_row((int8_t *)out + r * n, scale + r * groups, x, n, squares);
+        release(x);
+        #pragma omp ordered                     // the same sum for any number of threads
+        for (int i = 0; i < 2; i++) sum[i] += squares[i];
     }
-    for (int64_t i = 0; i < 2 * w->rows; i++) sum[i % 2] += squares[i];
-    release(squares);
     *error = sum[1] > 0 ? sqrt(sum[0] / sum[1]) : sum[0];
     return out;
 }
 
-// Writes the model to `path` with every matrix in 8 bits and all else as it is, and prints what each
-// lost. It grows under another name and takes its own at the end.
+// Writes the model to `path` with every matrix in 8 bits and all else as it is, and prints what
+// each lost. The file grows under another name and takes its own at the end.
 static void model_quantize(const Model *m, const char *path) {
     int64_t header_bytes = read_i64(m->file + 24), end = header_bytes;
     unsigned char *header = allocate(header_bytes, 1, "header");
@@ -1882,42 +2069,41 @@ static void model_quantize(const Model *m, const char *path) {
     text_printf(&aside, "%s.tmp", path);
     FILE *f = fopen(aside.s, "wb");
     if (!f) die("%s: cannot be written: %s; choose another place", path, strerror(errno));
-    fwrite(header, 1, (size_t)header_bytes, f);         // keeps the place of the new one
+    fwrite(header, 1, (size_t)header_bytes, f);         // keeps the place of what it becomes
     printf("%-24s %8s x %-8s  relative error\n", "matrix", "rows", "columns");
-    for (int i = 0; i < m->n_tensors && !ferror(f); i++) {
+    const char *bad = NULL;
+    for (int i = 0; i < m->n_tensors && !bad && !ferror(f); i++) {
         const Tensor *w = &m->tensors[i];
         const char *name = tensor_name(m, i);
-        unsigned char *entry = header + 192 + 96 * (int64_t)i, *q8 = NULL;
+        unsigned char *entry = header + (name - (const char *)m->file);
         uint32_t type = read_u32(entry + 60) == 2 ? Q8 : (uint32_t)w->type;
-        int64_t bytes = stored_bytes((int)type, w->rows, w->cols);
-        if (type != (uint32_t)w->type) {
+        int64_t bytes = stored_bytes((int)type, w->rows, w->cols), padded = (bytes + 63) / 64 * 64;
+        char *q8 = NULL;
+        if (type == Q8 && w->type != Q8) {
             double error;
             q8 = quantize(w, &error);
             printf("%-24s %8lld x %-8lld  %.5f\n", name, (long long)w->rows, (long long)w->cols,
                    error);
-            if (!(error < INFINITY)) {
-                fclose(f);
-                remove(aside.s);
-                die("%s: tensor %s: has weights that are not numbers of 8 bits; leave it as it is",
-                    m->path, name);
-            }
+            if (!(error < INFINITY)) bad = name;
         }
         fwrite(q8 ? q8 : w->data, 1, (size_t)bytes, f);
-        fwrite((char[64]){0}, 1, (size_t)((64 - bytes % 64) % 64), f);
+        fwrite((char[64]){0}, 1, (size_t)(padded - bytes), f);
         release(q8);
         memcpy(entry + 56, &type, sizeof type);
-        memcpy(entry + 80, &end, sizeof end);
-        memcpy(entry + 88, &bytes, sizeof bytes);
-        end += (bytes + 63) / 64 * 64;
+        memcpy(entry + 80, (int64_t[]){end, bytes}, 16);
+        end += padded;
     }
     memcpy(header + 16, &end, sizeof end);
     uint32_t checksum = header_checksum(header, header_bytes);
     memcpy(header + 32, &checksum, sizeof checksum);
     bool good = !fseek(f, 0, SEEK_SET) && fwrite(header, 1, (size_t)header_bytes, f) && !ferror(f);
-    if (fclose(f) || !good || rename(aside.s, path)) {
+    if (fclose(f) || !good || bad || rename(aside.s, path)) {
         int reason = errno;
         remove(aside.s);
-        die("%s: cannot be written: %s; free space or choose another place", path, strerror(reason));
+        if (bad) die("%s: tensor %s: has weights that are not numbers of 8 bits; leave it as it is",
+                     m->path, bad);
+        die("%s: cannot be written: %s; free space or choose another place", path,
+            strerror(reason));
     }
     warn("%s: %.1f MB, of %.1f MB", path, (double)end / 1e6, (double)m->bytes / 1e6);
 }
@@ -3572,10 +3758,11 @@ static void store_result(Store *st, char *line) {
     for (int i = 0; i < n - 3; i++) {
         bool label = i && t->kind->output == CLASSIFIES && t->kind->columns[0] == 'g';
         double lowest = i ? 0 : DONE, highest = i ? t->n_labels - 1 : DONE_CUT;
-        if (!parse_double(field[3 + i], &value[i]) || ((label || !i) && !(value[i] >= lowest &&
-            value[i] <= highest && value[i] == floor(value[i])))) {
-            bad_line(st, "a value is no number, or not one that can stand there");
+        bool good = parse_double(field[3 + i], &value[i]);
+        if (label || i == 0) {
+            good = good && value[i] >= lowest && value[i] <= highest && value[i] == floor(value[i]);
         }
+        if (!good) bad_line(st, "a value is no number, or not one that can stand there");
     }
     size_t bytes = (size_t)(n - 3) * sizeof *kept;
     if (kept[0] != MISSING && memcmp(kept, value, bytes)) {
@@ -3669,7 +3856,7 @@ typedef struct {                // the evaluator at work on the items of one tas
     int64_t first, last;        // the batch holds requests first .. last-1
     Target *target;             // [n_targets]: its rows to score
     int64_t n_targets, capacity;
-    int64_t *row_at;            // [max_length + 1]: where the last request's tokens are in the batch
+    int64_t *row_at;            // [max_length + 1]: rows of the last request's tokens in the batch
     int64_t prefix;             // tokens that all requests begin with, kept as sequence 0; or 0
     int64_t answers, answers_due;
     int64_t separate_passes;    // layer passes that a run of its own per schedule would need
@@ -3685,8 +3872,8 @@ static void on_interrupt(int signal_number) {
     _Exit(128 + signal_number);
 }
 
-// Whether this run has still to answer an item of a task under a schedule. Of the train items, whose
-// features are collected before anything is answered, it needs all.
+// Whether this run has still to answer an item of a task under a schedule. Of the train items,
+// whose features are collected before anything is answered, it needs all.
 static bool due(Entry *x, const Task *t, int64_t item) {
     if (x->features) return true;
     if (options.limit >= 0 && item >= options.limit) return false;
@@ -3805,8 +3992,8 @@ static void keep_answers(Evaluation *e, Entry *x, int64_t from, int64_t end) {
     progress(t->name, e->answers, e->answers_due, e->started);
 }
 
-// Lets the texts that are being generated grow by their likeliest tokens. One that has come to its end
-// is kept, and makes room for the next.
+// Lets the texts that are being generated grow by their likeliest tokens. One that has come to its
+// end is kept, and makes room for the next.
 static void take_tokens(Evaluation *e) {
     const Task *t = e->t;
     const Model *m = e->s->model;
@@ -3899,12 +4086,12 @@ static int add_request(Evaluation *e, Request *r, int q, int64_t more, int64_t n
 
 enum { CACHE_MEGABYTES = 2048 };        // for keys and values; beyond it texts wait
 
-// Fills the batch: with a row of each text that is being generated, and with the next requests, whole
-// items at a time, until it has its tokens. A request shares what it begins with in common with the
-// one before it: the choices of a question their context, questions their examples. Many texts grow
-// in the same passes, and as some end, the prompts of others come in, so that passes stay full: a
-// sweep of 12 layers took 0.74 of the time of one that shared prompts between schedules and let each
-// batch run out.
+// Fills the batch: with a row of each text that is being generated, and with the next requests,
+// whole items at a time, until it has its tokens. A request shares what it begins with in common
+// with the one before it: the choices of a question their context, questions their examples. Many
+// texts grow in the same passes, and as some end, the prompts of others come in, so that passes
+// stay full: a sweep of 12 layers took 0.74 of the time of one that shared prompts between
+// schedules and let each batch run out.
 static void fill_batch(Evaluation *e) {
     Session *s = e->s;
     const Model *m = s->model;
@@ -4757,9 +4944,9 @@ static void match_labels(Task *t, const Model *m) {
     }
     bool regress = !strcmp(t->kind->name, "regress"), known = true;
     if (!h || regress != h->regression || t->n_labels != h->n_labels) {
-        die("%s: of its %d classifiers %s is not one for task %s, with %d outputs; name another with "
-            "--head, or use --probe", m->path, m->n_heads_named, name ? name : "the only one",
-            t->name, t->n_labels);
+        die("%s: task %s needs a classifier with %d outputs; \"%s\" names none such of its %d; "
+            "choose one with --head, or use --probe", m->path, t->name, t->n_labels,
+            name ? name : "", m->n_heads_named);
     }
     t->classifier = h;
     t->label_of = allocate(h->n_labels, sizeof *t->label_of, "labels");
@@ -4927,7 +5114,8 @@ static void begin_results(Evaluation *e, Schedule schedule) {
         }
         if (!train && t->kind->output == CLASSIFIES) match_labels(t, m);
         Text line = {0};
-        text_printf(&line, "#task\t%lld\t%016llx", (long long)t->n_items, (unsigned long long)t->hash);
+        text_printf(&line, "#task\t%lld\t%016llx", (long long)t->n_items,
+                    (unsigned long long)t->hash);
         if (train) {
             text_printf(&line, " probe=%016llx strength=%g", (unsigned long long)train->hash,
                         options.strength);
@@ -5320,3 +5508,6 @@ int main(int argc, char **argv) {
 }
 #endif
 #endif  // LANES
+#undef PATH
+#undef LANES
+#undef ACCUMULATORS
