@@ -2689,33 +2689,19 @@ static void fill_masks(Session *s, const Schedule *schedule) {
 // 7. Metrics: kept values -> a score and its standard error
 // ------------------------------------------------------------------------------------------------
 
-// Bytes of the white-space character at s, by Python's str.isspace(); 0 if there is none.
-static int space_bytes(const char *s) {
-    uint32_t c;
-    int n = utf8_read(s, 4, &c);        // which goes no further than the NUL
-    bool space = (c >= 9 && c <= 13) || (c >= 28 && c <= 32) || c == 0x85 || c == 0xA0
-              || c == 0x1680 || (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029
-              || c == 0x202F || c == 0x205F || c == 0x3000;
-    return space ? n : 0;
-}
-
-// Bytes of white space at the end of a text.
-static int64_t trailing_space(const char *text) {
-    int64_t tail = 0;
-    for (int space; *text; text += space ? space : 1) {
-        space = space_bytes(text);
-        tail = space ? tail + space : 0;
-    }
-    return tail;
-}
-
-// What the harness counts as words of running text: len(re.split(r"\s+", text)).
-static int64_t count_words(const char *text) {
+// Words of a running text as the harness counts them, len(re.split(r"\s+", text)), with the white
+// space of Python's str.isspace(); *tail gets the bytes of it at the end.
+static int64_t count_words(const char *text, int64_t *tail) {
     int64_t words = 1;
-    for (int space, before = 0; *text; text += space ? space : 1) {
-        space = space_bytes(text);
-        words += space && !before;
-        before = space;
+    uint32_t c;
+    *tail = 0;
+    for (int n; *text; text += n) {
+        n = utf8_read(text, 4, &c);         // which goes no further than the NUL
+        bool space = (c >= 9 && c <= 13) || (c >= 28 && c <= 32) || c == 0x85 || c == 0xA0
+                  || c == 0x1680 || (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029
+                  || c == 0x202F || c == 0x205F || c == 0x3000;
+        words += space && !*tail;
+        *tail = space ? *tail + n : 0;
     }
     return words;
 }
@@ -2747,42 +2733,40 @@ static const char *find_number(const char *text, bool flexible, int64_t *bytes) 
 
 // One side of the comparison: without `,` and `$`, without everything up to the last `#### `,
 // without a final `.` (Python's `\.$`, which also sees it before a last newline), in lower case.
-static Text normalise_number(const char *s, int64_t bytes) {
-    Text t = {0};
-    text_add(&t, "", 0);
-    for (int64_t i = 0; i < bytes; i++) {
-        char c = s[i] >= 'A' && s[i] <= 'Z' ? (char)(s[i] + 32) : s[i];
-        if (c != ',' && c != '$') text_add(&t, &c, 1);
-        if (t.n >= 5 && !strcmp(t.s + t.n - 5, "#### ")) t.n = 0;
+static char *normalise_number(const char *s, int64_t bytes) {
+    char *out = allocate(bytes + 1, 1, "answer"), *to = out;
+    for (const char *end = s + bytes; s < end; s++) {
+        if (*s == ',' || *s == '$') continue;
+        *to++ = *s >= 'A' && *s <= 'Z' ? (char)(*s + 32) : *s;
+        if (to - out >= 5 && !memcmp(to - 5, "#### ", 5)) to = out;
     }
-    t.s[t.n] = 0;
-    int64_t last = t.n - 1 - (t.n && t.s[t.n - 1] == '\n');
-    if (last >= 0 && t.s[last] == '.') memmove(t.s + last, t.s + last + 1, (size_t)(t.n - last));
-    return t;
+    *to = 0;
+    if (to > out && to[-1] == '\n') to--;
+    if (to > out && to[-1] == '.') memmove(to - 1, to, strlen(to) + 1);
+    return out;
 }
 
 // GSM8K's exact match of a generated text and an answer.
 static bool exact_match(const char *text, const char *answer, bool flexible) {
     int64_t bytes;
     const char *number = find_number(text, flexible, &bytes);
-    Text ours = normalise_number(number, bytes);
-    Text gold = normalise_number(answer, (int64_t)strlen(answer));
-    bool same = !strcmp(ours.s, gold.s);
-    release(ours.s);
-    release(gold.s);
+    char *ours = normalise_number(number, bytes);
+    char *gold = normalise_number(answer, (int64_t)strlen(answer));
+    bool same = !strcmp(ours, gold);
+    release(ours);
+    release(gold);
     return same;
 }
 
 // The functions of metrics take two columns of n kept values; the second may be all ones.
 
-static double total(const double *x, int64_t n) {
-    double sum = 0;
-    for (int64_t i = 0; i < n; i++) sum += x[i];
-    return sum;
-}
-
 static double share(const double *x, const double *y, int64_t n) {
-    return total(x, n) / total(y, n);
+    double above = 0, below = 0;
+    for (int64_t i = 0; i < n; i++) {
+        above += x[i];
+        below += y[i];
+    }
+    return above / below;
 }
 
 static double perplexity(const double *x, const double *y, int64_t n) {
@@ -2823,20 +2807,21 @@ static double matthews(const double *x, const double *y, int64_t n) {
     return spread_x > 0 && spread_y > 0 ? above / sqrt(spread_x * spread_y) : 0;
 }
 
-// Pearson correlation; NaN where one side is constant.
+// Pearson correlation; NaN where one side is constant, whose distances from the first are exact.
 static double pearson(const double *x, const double *y, int64_t n) {
-    double mean_x = total(x, n) / (double)n, mean_y = total(y, n) / (double)n;
-    double xx = 0, yy = 0, xy = 0;
-    bool same_x = true, same_y = true;
+    double mean_x = 0, mean_y = 0, xx = 0, yy = 0, xy = 0;
     for (int64_t i = 0; i < n; i++) {
-        double from_x = x[i] - mean_x, from_y = y[i] - mean_y;
-        same_x &= x[i] == x[0];
-        same_y &= y[i] == y[0];
+        mean_x += (x[i] - x[0]) / (double)n;
+        mean_y += (y[i] - y[0]) / (double)n;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        double from_x = x[i] - x[0] - mean_x, from_y = y[i] - y[0] - mean_y;
         xx += from_x * from_x;
         yy += from_y * from_y;
         xy += from_x * from_y;
     }
-    return same_x || same_y ? NAN : fmax(-1, fmin(1, xy / (sqrt(xx) * sqrt(yy))));
+    double found = xy / (sqrt(xx) * sqrt(yy));
+    return fabs(found) > 1 ? copysign(1, found) : found;
 }
 
 // Each value replaced by how many others are smaller.
@@ -2969,209 +2954,182 @@ static double metric_value(const Metric *m, const double *values, int64_t n, int
     return value;
 }
 
-// The probe: a linear classifier, or a regression, on n rows of d frozen features. It minimises
+// The probe: a linear classifier, or a regression, on n rows of frozen features. It minimises
 //     sum over rows of loss(row) + strength / 2 * (sum of squares of all weights but the biases)
 // where the loss is the negative log-likelihood of a softmax over the classes, or half the squared
 // error: scikit-learn's LogisticRegression(C = 1 / strength) and Ridge(alpha = strength). Of two
 // classes only the difference counts, so that their weights are punished twice to be the same as a
-// single logistic. Newton's method with conjugate gradients, until the mean gradient is below 1e-8;
-// features that nearly repeat one another would need thousands of those, were they not preconditioned.
+// single logistic. A turn is a Newton step with the Hessian of an earlier one, made as long as the
+// step before it tells (Barzilai and Borwein 1988). Without a Hessian, features that nearly repeat
+// one another would take thousands of turns; a new one for every turn would cost more than it saves.
+// A regression is solved by the first turn.
 typedef struct {
-    const float *x;             // [n][d], centred: that saves half of the passes
+    const float *x;             // [n][d - 1]; a 1 goes behind each row, whose weight is the bias
     const double *y;            // [n] class or target
     int64_t n, d, outputs;      // outputs: classes, or 1 for a regression
     double strength;
-    double *p;                  // [n][outputs] probabilities at the last point
-    double *parts;              // [PROBE_PARTS][outputs][d + 2] sums over a part of the rows
-    double *factor;             // [d][d] Cholesky factor of the Hessian at w = 0, for one output
-    double weight;              // of a row in that Hessian
+    double *curve;              // [n] what a row of the last pass weighs in the Hessian
+    double *parts;              // [PROBE_PARTS][outputs * d + outputs + d] work for parts of a pass
+    double *factor;             // [d][d] Cholesky factor of the Hessian, the same for every output
 } Probe;
 
+enum { PROBE_TURNS = 100 };     // until the Hessian is factored anew
 enum { PROBE_PARTS = 64 };      // fixed, so that sums do not depend on the number of threads
 
 // Eight sums side by side, which a compiler can keep in vectors.
-static double probe_dot(const double *w, const float *x, int64_t d) {
+static double inner(const double *a, const double *b, int64_t n) {
     double lane[8] = {0};
-    for (int64_t j = 0; j < d / 8 * 8; j += 8) {
-        for (int l = 0; l < 8; l++) lane[l] += w[j + l] * (double)x[j + l];
+    int64_t whole = n / 8 * 8;
+    for (int64_t j = 0; j < whole; j += 8) {
+        for (int l = 0; l < 8; l++) lane[l] += a[j + l] * b[j + l];
     }
-    for (int64_t j = d / 8 * 8; j < d; j++) lane[j % 8] += w[j] * (double)x[j];
+    for (int64_t j = whole; j < n; j++) lane[j - whole] += a[j] * b[j];
     for (int l = 0; l < 4; l++) lane[l] += lane[l + 4];
     return (lane[0] + lane[2]) + (lane[1] + lane[3]);
 }
 
-// Row i: scores z become the loss's gradient by the scores; returns the loss and keeps the
-// probabilities. With `curve`, z is a change of the scores and becomes that of the gradient.
-static double probe_loss(const Probe *f, int64_t i, double *z, bool curve) {
-    double *p = f->p + i * f->outputs, top = z[0], sum = 0, own = z[(int64_t)f->y[i] % f->outputs];
+// y += a * x
+static void add_scaled(double *y, double a, const double *x, int64_t n) {
+    for (int64_t j = 0; j < n; j++) y[j] += a * x[j];
+}
+
+static void probe_row(const Probe *f, int64_t i, double *row) {
+    for (int64_t j = 0; j < f->d - 1; j++) row[j] = (double)f->x[i * (f->d - 1) + j];
+    row[f->d - 1] = 1;
+}
+
+// Scores z of row i become the gradient of its loss by them; returns the loss.
+static double probe_loss(const Probe *f, int64_t i, double *z) {
+    double y = f->y[i], top = z[0], sum = 0, squares = 0;
     if (f->outputs == 1) {
-        if (!curve) z[0] -= f->y[i];
+        f->curve[i] = 1;
+        z[0] -= y;
         return z[0] * z[0] / 2;
-    }
-    if (curve) {
-        for (int64_t k = 0; k < f->outputs; k++) sum += p[k] * z[k];
-        for (int64_t k = 0; k < f->outputs; k++) z[k] = p[k] * (z[k] - sum);
-        return 0;
     }
     for (int64_t k = 1; k < f->outputs; k++) top = fmax(top, z[k]);
     for (int64_t k = 0; k < f->outputs; k++) sum += exp(z[k] - top);
+    double loss = top + log(sum) - z[(int64_t)y];
     for (int64_t k = 0; k < f->outputs; k++) {
-        p[k] = exp(z[k] - top) / sum;
-        z[k] = p[k] - ((double)k == f->y[i]);
+        double p = exp(z[k] - top) / sum;
+        squares += p * p;
+        z[k] = p - ((double)k == y);
     }
-    return top + log(sum) - own;
-}
-
-// One pass over the features: the objective at w and, in out, its gradient; or with `curve` the
-// Hessian of the last such point times w. w and out are [outputs][d + 1], the bias last.
-static double probe_pass(const Probe *f, const double *w, double *out, bool curve) {
-    int64_t d = f->d, outputs = f->outputs, size = outputs * (d + 1);
-    double losses[PROBE_PARTS] = {0}, loss = 0;
-    #pragma omp parallel for schedule(static) if (f->n * d * outputs > 1 << 18)
-    for (int part = 0; part < PROBE_PARTS; part++) {
-        double *sum = f->parts + part * (size + outputs), *z = sum + size;
-        memset(sum, 0, (size_t)size * sizeof *sum);
-        for (int64_t i = f->n * part / PROBE_PARTS; i < f->n * (part + 1) / PROBE_PARTS; i++) {
-            const float *x = f->x + i * d;
-            for (int64_t k = 0; k < outputs; k++) {
-                z[k] = probe_dot(w + k * (d + 1), x, d) + w[k * (d + 1) + d];
-            }
-            losses[part] += probe_loss(f, i, z, curve);
-            for (int64_t k = 0; k < outputs; k++) {
-                double *row = sum + k * (d + 1);
-                for (int64_t j = 0; j < d; j++) row[j] += z[k] * (double)x[j];
-                row[d] += z[k];
-            }
-        }
-    }
-    for (int64_t j = 0; j < size; j++) {
-        double punished = j % (d + 1) < d ? f->strength * w[j] : 0;
-        loss += punished * w[j] / 2;
-        out[j] = punished;
-        for (int64_t p = 0; p < PROBE_PARTS; p++) out[j] += f->parts[p * (size + outputs) + j];
-    }
-    for (int part = 0; part < PROBE_PARTS; part++) loss += losses[part];
+    f->curve[i] = (1 - squares) / (double)(f->outputs - 1);
     return loss;
 }
 
-static double inner(const double *a, const double *b, int64_t n) {
-    double sum = 0;
-    for (int64_t j = 0; j < n; j++) sum += a[j] * b[j];
-    return sum;
+// One pass over the features: the objective at w and its gradient, both [outputs][d].
+static double probe_pass(const Probe *f, const double *w, double *gradient) {
+    int64_t d = f->d, size = f->outputs * d, work = size + f->outputs + d;
+    double losses[PROBE_PARTS] = {0}, loss = 0;
+    #pragma omp parallel for schedule(static) if (f->n * size > 1 << 18)
+    for (int part = 0; part < PROBE_PARTS; part++) {
+        double *sum = f->parts + part * work, *z = sum + size, *row = z + f->outputs;
+        memset(sum, 0, (size_t)size * sizeof *sum);
+        for (int64_t i = f->n * part / PROBE_PARTS; i < f->n * (part + 1) / PROBE_PARTS; i++) {
+            probe_row(f, i, row);
+            for (int64_t k = 0; k < f->outputs; k++) z[k] = inner(w + k * d, row, d);
+            losses[part] += probe_loss(f, i, z);
+            for (int64_t k = 0; k < f->outputs; k++) add_scaled(sum + k * d, z[k], row, d);
+        }
+    }
+    for (int64_t j = 0; j < size; j++) {
+        gradient[j] = (j + 1) % d ? f->strength * w[j] : 0;
+        loss += gradient[j] * w[j] / 2;
+    }
+    for (int part = 0; part < PROBE_PARTS; part++) {
+        add_scaled(gradient, 1, f->parts + part * work, size);
+        loss += losses[part];
+    }
+    return loss;
 }
 
-// Makes the preconditioner: weight * X^T X + strength = factor . factor^T (lower triangle).
+// The weighed X^T X + strength = factor . factor^T (lower triangle). With up to two outputs, and at
+// w = 0, that is the Hessian along steps that add up to nothing over the outputs, as all steps do.
 static void probe_factor(const Probe *f) {
-    int64_t d = f->d;
+    int64_t d = f->d, work = f->outputs * d + f->outputs + d;
+    memset(f->factor, 0, (size_t)(d * d) * sizeof *f->factor);
     #pragma omp parallel for schedule(dynamic) if (f->n * d * d > 1 << 20)
-    for (int64_t i = 0; i < d; i++) {
+    for (int part = 0; part < PROBE_PARTS; part++) {        // some rows of the factor
+        double *row = f->parts + part * work;
         for (int64_t r = 0; r < f->n; r++) {
-            const float *x = f->x + r * d;
-            double own = f->weight * (double)x[i];
-            for (int64_t j = 0; j <= i; j++) f->factor[i * d + j] += own * (double)x[j];
+            probe_row(f, r, row);
+            for (int64_t i = d * part / PROBE_PARTS; i < d * (part + 1) / PROBE_PARTS; i++) {
+                add_scaled(f->factor + i * d, f->curve[r] * row[i], row, i + 1);
+            }
         }
     }
     for (int64_t i = 0; i < d; i++) {
-        double *row = f->factor + i * d, least = 1e-12 * row[i] + 1e-300;
-        row[i] += f->strength;
+        double *own = f->factor + i * d, least = 1e-12 * own[i] + 1e-300;
+        own[i] += i < d - 1 ? f->strength : 0;
         for (int64_t j = 0; j <= i; j++) {
             const double *other = f->factor + j * d;
-            double rest = row[j] - inner(row, other, j);
-            row[j] = j < i ? rest / other[j] : sqrt(fmax(rest, least));
+            double rest = own[j] - inner(own, other, j);
+            own[j] = j < i ? rest / other[j] : sqrt(fmax(rest, least));
         }
     }
 }
 
-// out = r over the preconditioner, output by output; the bias stands apart, since x is centred.
-static void probe_solve(const Probe *f, const double *r, double *out) {
-    int64_t d = f->d;
-    for (int64_t k = 0; k < f->outputs; k++, r += d + 1, out += d + 1) {
+// v = the inverse of the factored Hessian times the gradient; returns their inner product.
+static double probe_solve(const Probe *f, const double *gradient, double *v) {
+    int64_t d = f->d, size = f->outputs * d;
+    memcpy(v, gradient, (size_t)size * sizeof *v);
+    for (double *own = v; own < v + size; own += d) {
         for (int64_t i = 0; i < d; i++) {
-            out[i] = (r[i] - inner(f->factor + i * d, out, i)) / f->factor[i * d + i];
+            own[i] = (own[i] - inner(f->factor + i * d, own, i)) / f->factor[i * d + i];
         }
         for (int64_t i = d - 1; i >= 0; i--) {
-            out[i] /= f->factor[i * d + i];
-            for (int64_t j = 0; j < i; j++) out[j] -= f->factor[i * d + j] * out[i];
+            own[i] /= f->factor[i * d + i];
+            add_scaled(own, -own[i], f->factor + i * d, i);
         }
-        out[d] = r[d] / (f->weight * (double)f->n);
     }
-}
-
-// Newton's step: solves Hessian . step = -gradient by conjugate gradients until the residual is
-// `tolerance` times the gradient. work is [4][size].
-static void probe_step(const Probe *f, const double *gradient, double tolerance, double *step,
-                       double *work) {
-    int64_t size = f->outputs * (f->d + 1);
-    double *residual = work, *along = work + size, *curved = along + size, *solved = curved + size;
-    for (int64_t j = 0; j < size; j++) {
-        step[j] = 0;
-        residual[j] = -gradient[j];
-    }
-    probe_solve(f, residual, along);
-    double rest = inner(residual, along, size), goal = rest * tolerance * tolerance;
-    for (int turn = 0; turn < 1000 && rest > goal; turn++) {
-        probe_pass(f, along, curved, true);
-        double length = rest / inner(along, curved, size), before = rest;
-        for (int64_t j = 0; j < size; j++) {
-            step[j] += length * along[j];
-            residual[j] -= length * curved[j];
-        }
-        probe_solve(f, residual, solved);
-        rest = inner(residual, solved, size);
-        for (int64_t j = 0; j < size; j++) along[j] = solved[j] + rest / before * along[j];
-    }
+    return inner(gradient, v, size);
 }
 
 // Fits the probe described above; classes is 1 for a regression. w is [classes][d + 1], the bias
 // last. The same bits for any number of threads.
 static void probe_fit(const float *x, const double *y, int64_t n, int64_t d, int classes,
                       double strength, double *w) {
-    int64_t size = classes * (d + 1);
-    float *centred = allocate(n * d, sizeof *centred, "probe");
-    Probe f = {centred, y, n, d, classes, classes == 2 ? 2 * strength : strength, .weight = 1};
-    if (classes > 1) f.weight = (1 - 1.0 / classes) / classes;
-    f.factor = allocate(d * d, sizeof *f.factor, "probe");
-    f.p = allocate(n * classes, sizeof *f.p, "probe");
-    f.parts = allocate(PROBE_PARTS * (size + classes), sizeof *f.parts, "probe");
-    double *work = allocate(7 * size + d, sizeof *work, "probe"), *mean = work + 7 * size;
-    double *gradient = work + 4 * size, *step = work + 5 * size, *next = work + 6 * size;
-    for (int64_t i = 0; i < n * d; i++) mean[i % d] += x[i];
-    for (int64_t j = 0; j < d; j++) mean[j] /= (double)n;
-    for (int64_t i = 0; i < n * d; i++) centred[i] = (float)(x[i] - mean[i % d]);
+    int64_t width = d + 1, size = classes * width, work = PROBE_PARTS * (size + classes + width);
+    Probe f = {x, y, n, width, classes, classes == 2 ? 2 * strength : strength, .curve = NULL};
+    f.curve = allocate(n + work + width * width + 2 * size, sizeof *f.curve, "probe");
+    f.parts = f.curve + n;
+    f.factor = f.parts + work;
+    double *gradient = f.factor + width * width, *v = gradient + size;
     memset(w, 0, (size_t)size * sizeof *w);
-    probe_factor(&f);
-    double loss = probe_pass(&f, w, gradient, false), start = inner(gradient, gradient, size);
-    for (int turn = 0; turn < 100; turn++) {
-        double steep = inner(gradient, gradient, size), before = loss, t = 1;
-        if (sqrt(steep) <= 1e-8 * (double)n) break;
-        probe_step(&f, gradient, fmin(0.1, pow(steep / start, 0.25)), step, work);
-        double slope = inner(gradient, step, size);
-        for (; t > 1e-6; t /= 2) {                  // halve a step that goes too far
-            for (int64_t j = 0; j < size; j++) next[j] = w[j] + t * step[j];
-            loss = probe_pass(&f, next, gradient, false);
-            if (loss <= before + 1e-4 * t * slope) break;
+    double loss = probe_pass(&f, w, gradient), most = loss, slope = 0, length = 1;
+    for (int turn = 0; turn < 10000 && length > 1e-9; turn++) {
+        if (sqrt(inner(gradient, gradient, size)) <= 1e-8 * (double)n) break;
+        if (turn % PROBE_TURNS == 0) {
+            probe_factor(&f);
+            slope = probe_solve(&f, gradient, v);
+            most = loss * (1 + 1e-13);
+            length = 1;
         }
-        if (!(loss < before)) break;                // nothing left but rounding
-        memcpy(w, next, (size_t)size * sizeof *w);
+        add_scaled(w, -length, v, size);
+        while (!((loss = probe_pass(&f, w, gradient)) <= most) && length > 1e-9) {
+            length /= 2;                            // it went too far: half of it back
+            add_scaled(w, length, v, size);
+        }
+        double left = inner(gradient, v, size), next = probe_solve(&f, gradient, v);
+        length *= (slope - left) / (slope - 2 * left + next);
+        slope = next;
     }
-    for (int k = 0; k < classes; k++) w[k * (d + 1) + d] -= inner(w + k * (d + 1), mean, d);
-    release(centred);
-    release(f.p);
-    release(f.parts);
-    release(f.factor);
-    release(work);
+    release(f.curve);
 }
 
 // What a fitted probe makes of one row of features: a class, or the target of a regression.
 static double probe_predict(const double *w, const float *x, int64_t d, int classes) {
     double best = 0, top = -INFINITY;
-    for (int k = 0; k < classes; k++) {
-        double z = probe_dot(w + k * (d + 1), x, d) + w[k * (d + 1) + d];
+    for (int k = 0; k < classes; k++, w += d + 1) {
+        double z = w[d];
+        for (int64_t j = 0; j < d; j++) z += w[j] * (double)x[j];
         if (classes == 1) return z;
         if (z > top) top = z, best = k;
     }
     return best;
 }
+
 // ------------------------------------------------------------------------------------------------
 // 8. Tasks: lines of text -> sequences -> kept values
 // ------------------------------------------------------------------------------------------------
@@ -3192,16 +3150,17 @@ typedef struct {
     Text text;
 } Request;
 
-typedef struct { char **field; int n_fields; int64_t line; } Item;
+typedef struct { char **field; int n_fields; double gold; } Item;    // gold: of column g or x
 
 typedef struct Kind Kind;
+enum { MOST_METRICS = 8 };      // of a task
 
 typedef struct {
     char *path, *name, *head, *header;      // header: the first line, as it stands
     char *identity;                         // the line that says which task results are of
     int index;                              // among the tasks of a run
     const Kind *kind;
-    const Metric *metrics[8];
+    const Metric *metrics[MOST_METRICS];
     int n_metrics, n_labels, n_stops;
     char **labels, **stops;
     int64_t max_tokens;
@@ -3209,7 +3168,6 @@ typedef struct {
     uint64_t hash;                          // of the file's bytes
     Item *items;
     int64_t n_items;
-    char *text;                             // the file's bytes, which the fields point into
     Ids pool;
     Request *requests;
     int64_t n_requests, requests_capacity;
@@ -3242,13 +3200,15 @@ static Request *new_request(Task *t, int64_t item) {
     return r;
 }
 
-static void push_bos(const Model *m, Ids *ids) {
-    if (m->bos < 0) die("%s: has no BOS token, which texts and --bos begin with", m->path);
-    ids_push(ids, m->bos);
-}
-
 static void push_ids(Ids *to, const Ids *from, int64_t first, int64_t end) {
     for (int64_t i = first; i < end; i++) ids_push(to, from->id[i]);
+}
+
+// The tokens of n bytes of text, behind BOS (BERT: [CLS]) if that is wanted.
+static void push_text(const Model *m, bool bos, const char *text, int64_t n, Ids *to) {
+    if (bos && m->bos < 0) die("%s: has no BOS token, which texts and --bos begin with", m->path);
+    if (bos) ids_push(to, m->bos);
+    encode(m->tokenizer, text, n, to);
 }
 
 // A request feeds what has been pushed since it was made, without the beginning if that is over
@@ -3261,40 +3221,33 @@ static void end_request(Task *t, Request *r, int64_t most) {
     r->n = t->pool.n - r->first;
 }
 
-// The harness's log-likelihood request: white space at the end of the context moves to the
-// continuation, the model reads encode(context) and then what encode(context + continuation) has
-// behind as many tokens, cut to the last max_length + 1; an empty context is BOS.
-static void ask_continuation(Task *t, const Model *m, bool bos, int64_t item,
-                             const char *context, const char *continuation) {
-    int64_t n = (int64_t)strlen(context) - trailing_space(context);
-    Text whole = {0};
-    Ids all = {0};
-    Request *r = new_request(t, item);
-    text_printf(&whole, "%s %s", context, continuation);
-    if (bos || !n) push_bos(m, &t->pool);
-    if (bos || !n) push_bos(m, &all);
-    encode(m->tokenizer, context, n, &t->pool);
-    encode(m->tokenizer, whole.s, whole.n, &all);
-    r->target = t->pool.n;
-    push_ids(&t->pool, &all, t->pool.n - r->first, all.n);
-    end_request(t, r, m->max_length + 1);
-    if (r->n > 1) r->n--;               // the last token is not fed
-    if (r->target <= r->first) r->target = r->first + 1;
-    r->row = r->target - r->first - 1;
-    r->n_targets = t->pool.n - r->target;
-    release(all.id);
-    release(whole.s);
-}
-
 // gold, context, choice, choice, ...; or gold, continuation, context, context, ...; or context,
-// continuation.
+// continuation: the harness's log-likelihood requests. White space at the end of the context moves
+// to the continuation, the model reads encode(context) and then what encode(context + continuation)
+// has behind as many tokens, cut to the last max_length + 1; an empty context is BOS.
 static void ask_continuations(Task *t, const Model *m, bool bos, int64_t item) {
-    char **field = t->items[item].field;
-    int n = t->items[item].n_fields;
-    bool contexts = t->kind->columns[1] == 't';
-    if (n == 2) ask_continuation(t, m, bos, item, field[0], field[1]);
-    for (int c = 2; c < n; c++) {
-        ask_continuation(t, m, bos, item, field[contexts ? c : 1], field[contexts ? 1 : c]);
+    const Item *it = &t->items[item];
+    bool contexts = t->kind->columns[1] == 't', single = it->n_fields == 2;
+    for (int c = single ? 1 : 2; c < it->n_fields; c++) {
+        const char *context = it->field[single ? 0 : contexts ? c : 1];
+        int64_t n = (int64_t)strlen(context), tail;
+        Text whole = {0};
+        Ids all = {0};
+        Request *r = new_request(t, item);
+        count_words(context, &tail);
+        n -= tail;
+        text_printf(&whole, "%s %s", context, it->field[contexts ? 1 : c]);
+        push_text(m, bos || !n, context, n, &t->pool);
+        push_text(m, bos || !n, whole.s, whole.n, &all);
+        r->target = t->pool.n;
+        push_ids(&t->pool, &all, t->pool.n - r->first, all.n);
+        end_request(t, r, m->max_length + 1);
+        if (r->n > 1) r->n--;           // the last token is not fed
+        if (r->target <= r->first) r->target = r->first + 1;
+        r->row = r->target - r->first - 1;
+        r->n_targets = t->pool.n - r->target;
+        release(all.id);
+        release(whole.s);
     }
 }
 
@@ -3306,51 +3259,44 @@ static void ask_generate(Task *t, const Model *m, bool bos, int64_t item) {
         die("%s: max_tokens is %lld, the model's context holds %d; lower it", t->path,
             (long long)t->max_tokens, m->max_length);
     }
-    if (bos || !*prompt) push_bos(m, &t->pool);
-    encode(m->tokenizer, prompt, (int64_t)strlen(prompt), &t->pool);
+    push_text(m, bos || !*prompt, prompt, (int64_t)strlen(prompt), &t->pool);
     end_request(t, r, m->max_length - t->max_tokens);
     r->row = r->n - 1;
     r->n_targets = 1;           // the first token behind it
 }
 
-// text: rolling windows as the harness cuts them (BOS first, one token of context), or for BERT
-// every token masked once, in windows of the model's length.
+// text: windows of running text, which score each token once. Llama: as the harness rolls them (BOS
+// first, later ones with tokens before those they score); BERT: [CLS] tokens [SEP], asked for every
+// token with that one masked, in windows of the model's length.
 static void ask_text(Task *t, const Model *m, bool bos, int64_t item) {
     (void)bos;
     const char *text = t->items[item].field[0];
-    int64_t start = t->pool.n, window = m->max_length, done = 0;
+    bool bert = m->arch == BERT;
+    int64_t window = !bert ? m->max_length : (m->max_length < 512 ? m->max_length : 512) - 2;
     Ids ids = {0};
-    encode(m->tokenizer, text, (int64_t)strlen(text), &ids);
-    if (m->arch == LLAMA) {
-        push_bos(m, &t->pool);
-        push_ids(&t->pool, &ids, 0, ids.n);
-        for (int64_t end; done < ids.n; done = end) {
-            end = done + window < ids.n ? done + window : ids.n;
-            int64_t from = end > window ? end - window : 0;
+    if (window < 1) die("%s: its context holds no text between [CLS] and [SEP]", m->path);
+    push_text(m, true, text, (int64_t)strlen(text), &ids);
+    for (int64_t done = 1, end = 0; done < ids.n || (bert && !end); done = end) {
+        end = done + window < ids.n ? done + window : ids.n;
+        if (!bert) {
+            int64_t from = end - 1 > window ? end - 1 - window : 0;
             Request *r = new_request(t, item);
-            r->first = start + from;            // pool[start + i] is the token before ids[i]
-            r->n = end - from;
-            r->row = done - from;
-            r->target = start + done + 1;
+            push_ids(&t->pool, &ids, from, end);
+            r->n = end - 1 - from;
+            r->row = done - 1 - from;
+            r->target = r->first + done - from;
             r->n_targets = end - done;
+            continue;
         }
-    } else {
-        window = (window < 512 ? window : 512) - 2;
-        if (window < 1) die("%s: its context holds no text between [CLS] and [SEP]", m->path);
-        do {
-            int64_t n = ids.n - done < window ? ids.n - done : window;
-            start = t->pool.n;
-            ids_push(&t->pool, m->bos);
-            push_ids(&t->pool, &ids, done, done + n);
-            ids_push(&t->pool, m->eos);
-            for (int64_t i = 1; i <= n || i == 1; i++) {    // no tokens: nothing to mask or score
-                Request *r = new_request(t, item);
-                *r = (Request){.item = item, .first = start, .n = n + 2, .segment_from = n + 2,
-                               .mask_at = n ? i : -1, .row = i, .target = start + i,
-                               .n_targets = n > 0};
-            }
-            done += window;
-        } while (done < ids.n);
+        int64_t first = t->pool.n, n = end - done;
+        ids_push(&t->pool, m->bos);
+        push_ids(&t->pool, &ids, done, end);
+        ids_push(&t->pool, m->eos);
+        for (int64_t i = 1; i <= n || i == 1; i++) {    // no tokens: nothing to mask or score
+            *new_request(t, item) = (Request){
+                .item = item, .first = first, .n = n + 2, .segment_from = n + 2,
+                .mask_at = n ? i : -1, .row = i, .target = first + i, .n_targets = n > 0};
+        }
     }
     release(ids.id);
 }
@@ -3365,17 +3311,12 @@ static void ask_classify(Task *t, const Model *m, bool bos, int64_t item) {
     int pair = it->n_fields > 2;
     int64_t limit = (m->max_length < 128 ? m->max_length : 128) - 2 - pair;
     for (int i = 0; i <= pair; i++) {
-        encode(m->tokenizer, it->field[1 + i], (int64_t)strlen(it->field[1 + i]), &text[i]);
+        push_text(m, false, it->field[1 + i], (int64_t)strlen(it->field[1 + i]), &text[i]);
     }
     if (text[0].n + text[1].n > limit) {
         int longer = pair && text[1].n >= text[0].n;
-        int64_t small = text[!longer].n, large = limit - small > small ? limit - small : small;
-        if (small + large > limit) {
-            small = limit / 2;
-            large = limit - small;
-        }
-        text[longer].n = large;
-        text[!longer].n = small;
+        if (text[!longer].n > limit / 2) text[!longer].n = limit / 2;
+        text[longer].n = limit - text[!longer].n;
         t->cut[item] = true;
     }
     r->n_targets = 1;                   // row 0, of [CLS], is what the classifier sees
@@ -3390,19 +3331,16 @@ static void ask_classify(Task *t, const Model *m, bool bos, int64_t item) {
     release(text[1].id);
 }
 
-static double gold_of(const Task *t, int64_t item) { return strtod(t->items[item].field[0], NULL); }
-
 static void value_choice(const Task *t, const Request *r, int64_t n, double *value) {
     const Item *i = &t->items[r->item];
-    int64_t best = -1, best_norm = -1;      // a model that answers NaN is never right
-    double top = -INFINITY, top_norm = -INFINITY;
-    for (int64_t c = 0; c < n; c++) {
-        double norm = r[c].loglik / (double)count_codepoints(i->field[2 + c]);
-        if (r[c].loglik > top) top = r[c].loglik, best = c;
-        if (norm > top_norm) top_norm = norm, best_norm = c;
+    for (int norm = 0; norm < t->kind->width; norm++) {     // acc, acc_norm
+        double top = -INFINITY, best = -1;  // a model that answers NaN is never right
+        for (int64_t c = 0; c < n; c++) {
+            double length = norm ? (double)count_codepoints(i->field[2 + c]) : 1;
+            if (r[c].loglik / length > top) top = r[c].loglik / length, best = (double)c;
+        }
+        value[norm] = best == i->gold;
     }
-    value[0] = (double)best == gold_of(t, r->item);
-    if (t->kind->width > 1) value[1] = (double)best_norm == gold_of(t, r->item);
 }
 
 static void value_lastword(const Task *t, const Request *r, int64_t n, double *value) {
@@ -3414,20 +3352,20 @@ static void value_lastword(const Task *t, const Request *r, int64_t n, double *v
 static void value_generate(const Task *t, const Request *r, int64_t n, double *value) {
     (void)n;
     const char *text = r->text.s ? r->text.s : "", *answer = t->items[r->item].field[1];
-    for (int flexible = 0; flexible < 2; flexible++) {
-        value[flexible] = exact_match(text, answer, flexible);
-    }
+    value[0] = exact_match(text, answer, false);
+    value[1] = exact_match(text, answer, true);
 }
 
 static void value_classify(const Task *t, const Request *r, int64_t n, double *value) {
     (void)n;
     value[0] = r->prediction;
-    value[1] = gold_of(t, r->item);
+    value[1] = t->items[r->item].gold;
 }
 
 static void value_text(const Task *t, const Request *r, int64_t n, double *value) {
     const char *text = t->items[r->item].field[0];
-    value[2] = (double)count_words(text);
+    int64_t tail;
+    value[2] = (double)count_words(text, &tail);
     value[3] = (double)strlen(text);
     for (int64_t i = 0; i < n; i++) {
         value[0] += r[i].loglik;
@@ -3465,7 +3403,8 @@ static bool unescape(char *s) {
 }
 
 // Splits `s` at each `separator` that no backslash stands before (at the end of a line it escapes
-// nothing); returns the pieces and their number. The pieces are parts of s.
+// nothing); returns the pieces and their number. The pieces are parts of s, lines without a \r at
+// their end.
 static char **split(char *s, char separator, int *n) {
     char **piece = NULL;
     int64_t capacity = 0;
@@ -3475,115 +3414,111 @@ static char **split(char *s, char separator, int *n) {
         for (; *s && *s != separator; s++) {
             if (*s == '\\' && s[1] && s[1] != '\n') s++;
         }
+        if (separator == '\n' && s > piece[*n - 1] && s[-1] == '\r') s[-1] = 0;
         if (!*s) return piece;
         *s = 0;
     }
 }
 
-// One option of the header, "key=value".
-static void task_option(Task *t, char *key) {
-    char *value = strchr(key, '='), **part = NULL;
-    bool good = value != NULL;
-    int n = 0;
-    if (good) *value++ = 0;
-    if (!good) value = "";
-    else if (!strcmp(key, "head")) t->head = value;
-    else if (!strcmp(key, "name")) {            // it becomes a column of tables and a file name
-        t->name = value;
-        good = *value && !value[strspn(value, "ABCDEFGHIJKLMNOPQRSTUVWXYZ-_."
-                                              "abcdefghijklmnopqrstuvwxyz0123456789")];
-    } else if (!strcmp(key, "kind")) {
-        t->kind = NULL;
-        for (int i = 0; i < N_KINDS; i++) {
-            if (!strcmp(kinds[i].name, value)) t->kind = &kinds[i];
-        }
-        good = t->kind && !t->n_metrics;
-    } else if (!strcmp(key, "chance")) good = parse_double(value, &t->chance);
-    else if (!strcmp(key, "max_tokens")) good = parse_int(value, 1, 1 << 20, &t->max_tokens);
-    else if (!strcmp(key, "metrics")) {
-        part = split(value, ',', &n);
-        for (int i = 0; i < n && good; i++) {
-            const Metric *m = t->kind ? metric_find(t->kind->name, value = part[i]) : NULL;
-            good = m && t->n_metrics < 8;
-            if (good) t->metrics[t->n_metrics++] = m;
-        }
-    } else if (!strcmp(key, "labels") || !strcmp(key, "stop")) {
-        part = split(value, '|', &n);
-        for (int i = 0; i < n; i++) good &= unescape(part[i]) && *part[i];
-        *(*key == 'l' ? &t->labels : &t->stops) = part;
-        *(*key == 'l' ? &t->n_labels : &t->n_stops) = n;
-    } else good = false;
-    if (!good) {
-        die("%s: line 1: %s=%s: no such option or value (kind= stands before metrics=; names have "
-            "A-Z a-z 0-9 . _ -); see README.md, A task of your own", t->path, key, value);
+// The texts of an option, a|b|...; NULL where one is empty or has a bad escape.
+static char **option_texts(char *value, int *n) {
+    char **text = split(value, '|', n);
+    for (int i = 0; i < *n; i++) {
+        if (!unescape(text[i]) || !*text[i]) return NULL;
+    }
+    return text;
+}
+
+// Reads the n options, "key=value", of the task's header that stands at `place`. To add one: a row
+// in the table, and its reading.
+static void read_options(Task *t, const char *place, char **field, int n) {
+    char *name = "", *kind = "", *list = "", *chance = "nan", *tokens = "256";
+    char *labels = NULL, *stop = NULL;
+    const struct { const char *key; char **value; } option[] = {
+        {"name", &name}, {"kind", &kind}, {"metrics", &list}, {"head", &t->head}, {"stop", &stop},
+        {"labels", &labels}, {"chance", &chance}, {"max_tokens", &tokens}, {NULL, NULL}};
+    const char *bad = NULL;
+    for (int i = 0, k = 0; i < n && !bad; i++, k = 0) {
+        char *equals = strchr(field[i], '=');
+        if (equals) *equals = 0;
+        while (option[k].key && strcmp(option[k].key, field[i])) k++;
+        if (option[k].key && equals) *option[k].value = equals + 1;
+        else bad = field[i];
+    }
+    if (!parse_double(chance, &t->chance)) bad = "chance";
+    if (!parse_int(tokens, 1, 1 << 20, &t->max_tokens)) bad = "max_tokens";
+    if (labels && !(t->labels = option_texts(labels, &t->n_labels))) bad = "labels";
+    if (stop && !(t->stops = option_texts(stop, &t->n_stops))) bad = "stop";
+    if (!strcmp(kind, "classify") && t->n_labels < 2) bad = "labels";
+    if (!strcmp(kind, "regress")) t->n_labels = 1;      // one output, the number itself
+    char **metric = split(list, ',', &n);
+    for (t->n_metrics = 0; t->n_metrics < n && t->n_metrics < MOST_METRICS; t->n_metrics++) {
+        if (!(t->metrics[t->n_metrics] = metric_find(kind, metric[t->n_metrics]))) break;
+    }
+    if (t->n_metrics < n) bad = "metrics";
+    for (int i = 0; i < N_KINDS; i++) {
+        if (!strcmp(kinds[i].name, kind)) t->kind = &kinds[i];
+    }
+    if (!t->kind) bad = "kind";
+    t->name = name;                 // it becomes a column of tables and a file name
+    if (!*name || name[strspn(name, "ABCDEFGHIJKLMNOPQRSTUVWXYZ-_."
+                                    "abcdefghijklmnopqrstuvwxyz0123456789")]) bad = "name";
+    if (bad) {
+        die("%s: %s=: missing, or no such option or value (names have A-Z a-z 0-9 . _ -); see "
+            "README.md, A task of your own", place, bad);
     }
 }
 
 // Checks the columns of an item, so that all that follows can trust them, and undoes escapes.
-static void check_item(const Task *t, const Item *it) {
+static void check_item(const Task *t, Item *it, int64_t line) {
     const Kind *k = t->kind;
     const char *fault = NULL;
     int fewest = (int)strlen(k->columns);
-    int choices = k->output == CLASSIFIES ? t->n_labels : it->n_fields - 2;
+    int64_t gold = 0, choices = k->output == CLASSIFIES ? t->n_labels : it->n_fields - 2;
     for (int f = 0; f < it->n_fields; f++) {
         char *field = it->field[f], column = k->columns[f < fewest ? f : fewest - 1];
-        double number;
-        int64_t gold;
+        bool number = column == 'x' ? parse_double(field, &it->gold) && isfinite(it->gold)
+                    : column != 'g' || parse_int(field, 0, choices - 1, &gold);
         if (!unescape(field)) fault = "a backslash before other than n, t, r or \\";
         else if (column == 't' && !*field) fault = "an empty column";
-        else if (column == 'g' && !parse_int(field, 0, choices - 1, &gold)) {
-            fault = "the first column is not the number of a choice or label, counted from 0";
-        } else if (column == 'x' && !(parse_double(field, &number) && isfinite(number))) {
-            fault = "the first column is not a number";
-        }
+        else if (!number) fault = "the first column is not a number, or of no choice or label";
+        if (column == 'g') it->gold = (double)gold;
     }
     if (it->n_fields < fewest || it->n_fields > k->most) fault = "too few or too many columns";
     if (fault) {
         die("%s: line %lld: %s, for kind %s; see README.md, A task of your own", t->path,
-            (long long)it->line, fault, k->name);
+            (long long)line, fault, k->name);
     }
 }
 
-// Reads a task file and checks all of it.
+// Reads a task file and checks all of it. Its text stays: fields are parts of it.
 static Task *task_load(const char *path) {
     Task *t = allocate(1, sizeof *t, "task");
+    Text place = {0};
     int64_t bytes;
     int n, n_lines;
+    char *text = read_file(path, &bytes);
     t->path = copy_string(path);
-    t->text = read_file(path, &bytes);
-    t->chance = NAN;
-    t->max_tokens = 256;
-    t->hash = hash_bytes((unsigned char *)t->text, bytes);
-    bool whole = (int64_t)strlen(t->text) == bytes;
-    char **line = split(t->text + 3 * !strncmp(t->text, "\xef\xbb\xbf", 3), '\n', &n_lines);
+    t->hash = hash_bytes((unsigned char *)text, bytes);
+    bool whole = (int64_t)strlen(text) == bytes;
+    char **line = split(text + 3 * !strncmp(text, "\xef\xbb\xbf", 3), '\n', &n_lines);
     if (!whole) die("%s: line %d: a NUL byte; task files are text", path, n_lines);
-    for (int i = 0; i < n_lines; i++) {
-        char *end = line[i] + strlen(line[i]);
-        if (end > line[i] && end[-1] == '\r') end[-1] = 0;
-    }
     while (n_lines > 1 && !*line[n_lines - 1]) n_lines--;
     t->header = copy_string(line[0]);
     char **field = split(line[0], '\t', &n);
     if (n < 2 || strcmp(field[0], "#painters-task") || strcmp(field[1], "1")) {
         die("%s: line 1: not a task file of version 1; it begins #painters-task<TAB>1", path);
     }
-    for (int i = 2; i < n; i++) task_option(t, field[i]);
-    if (!t->kind || !t->name || !t->n_metrics) {
-        die("%s: line 1: name=, kind= and metrics= are needed", path);
-    }
-    if (!strcmp(t->kind->name, "classify") && t->n_labels < 2) {
-        die("%s: line 1: labels=A|B|... is needed for kind classify", path);
-    }
-    if (!strcmp(t->kind->name, "regress")) t->n_labels = 1;     // one output, the number itself
+    text_printf(&place, "%s: line 1", path);
+    read_options(t, place.s, field + 2, n - 2);
     if (n_lines < 2) die("%s: line 2: no items; a task has at least one", path);
     t->n_items = n_lines - 1;
     t->items = allocate(t->n_items, sizeof *t->items, "items");
     t->cut = allocate(t->n_items, sizeof *t->cut, "items");
-    for (int64_t i = 0; i < t->n_items; i++) {
-        Item *it = &t->items[i];
-        it->line = i + 2;
-        it->field = split(line[i + 1], '\t', &it->n_fields);
-        check_item(t, it);
+    for (int i = 1; i < n_lines; i++) {
+        Item *it = &t->items[i - 1];
+        it->field = split(line[i], '\t', &it->n_fields);
+        check_item(t, it, i + 1);
     }
     return t;
 }
@@ -3707,11 +3642,11 @@ static Task *task_from_line(const Store *st, const char *line) {
     Task *t = allocate(1, sizeof *t, "task");
     int n;
     char **field = split(copy_string(line), '\t', &n);
-    *t = (Task){.path = copy_string(st->place.s), .identity = copy_string(line), .chance = NAN};
-    for (int i = 3; i < n; i++) task_option(t, field[i]);
-    if (!t->name || !t->n_metrics || !parse_int(field[1], 1, INT64_MAX / 64, &t->n_items)) {
+    *t = (Task){.path = copy_string(st->place.s), .identity = copy_string(line)};
+    if (n < 3 || !parse_int(field[1], 1, INT64_MAX / 64, &t->n_items)) {
         bad_line(st, "not the description of a task");
     }
+    read_options(t, t->path, field + 3, n - 3);
     return t;
 }
 
@@ -4854,7 +4789,7 @@ static void check_task(const Task *t, const Model *m) {
     for (int64_t i = 0; i < t->n_items && classifies && m->n_segments < 2; i++) {
         if (t->items[i].n_fields < 3) continue;
         die("%s: line %lld: two texts, but %s knows one segment", t->path,
-            (long long)t->items[i].line, m->path);
+            (long long)i + 2, m->path);
     }
 }
 
@@ -4932,7 +4867,7 @@ static void fit_probes(Evaluation *e) {
     Task *train = e->train;
     int64_t n = train->n_items, d = e->s->model->dim;
     double *gold = allocate(n, sizeof *gold, "labels");
-    for (int64_t i = 0; i < n; i++) gold[i] = gold_of(train, i);
+    for (int64_t i = 0; i < n; i++) gold[i] = train->items[i].gold;
     for (int64_t k = 0; k < e->n; k++) {
         e->entry[k]->features = allocate(n * d, sizeof(float), "pooled features");
     }
