@@ -817,14 +817,15 @@ static float dot(const float *a, const float *b, int64_t n) {
     return sum[0];
 }
 
-// y[n][w->rows] = x[n][w->cols] . W^T (+ bias[w->rows] unless NULL).
-static void plain_matmul(float *y, const float *x, const Tensor *w, const float *bias, int64_t n) {
+// y[n][w->rows] = x[n][w->cols] . W^T, + bias where W has one.
+static void plain_matmul(float *y, const float *x, const Tensor *w, int64_t n) {
     #pragma omp parallel for if (n * w->rows * w->cols > 1 << 21)
     for (int64_t row = 0; row < w->rows; row++) {
         float *wide = scratch(0, w->cols);
         widen(wide, w, row);
         for (int64_t i = 0; i < n; i++) {
-            y[i * w->rows + row] = dot(x + i * w->cols, wide, w->cols) + (bias ? bias[row] : 0);
+            y[i * w->rows + row] = dot(x + i * w->cols, wide, w->cols) +
+                                 (w->bias ? w->bias[row] : 0);
         }
     }
 }
@@ -1133,9 +1134,8 @@ static void chains(float *c, const float *x, int64_t ldx, int64_t n, const Tenso
 
 // Outputs row .. row + PANEL of rows first .. first + some of the n of x, which lies in `blocks` of
 // depth columns each, [blocks][n][ldx].
-static void outputs(float *y, const float *x, int64_t ldx, const Tensor *w, const float *bias,
-                    int64_t n, int64_t first, int64_t some, int64_t row, int64_t depth,
-                    bool direct) {
+static void outputs(float *y, const float *x, int64_t ldx, const Tensor *w, int64_t n,
+                    int64_t first, int64_t some, int64_t row, int64_t depth, bool direct) {
     int64_t rows = w->rows - row < PANEL ? w->rows - row : PANEL;
     float *c = scratch(1, PANEL * (CHUNK * LANES + DEPTH + PAD)), *wide = c + CHUNK * PANEL * LANES;
     const Tensor panel = {F32, rows, DEPTH + PAD, wide, NULL, NULL};
@@ -1151,13 +1151,12 @@ static void outputs(float *y, const float *x, int64_t ldx, const Tensor *w, cons
     for (int64_t i = 0; i < some; i++) {
         for (int64_t r = 0; r < rows; r++) {
             float sum = sum_of(load(c + (i * PANEL + r) * LANES));
-            y[(first + i) * w->rows + row + r] = sum + (bias ? bias[row + r] : 0);
+            y[(first + i) * w->rows + row + r] = sum + (w->bias ? w->bias[row + r] : 0);
         }
     }
 }
 
-static void ON_PATH(matmul)(float *y, const float *x, const Tensor *w, const float *bias,
-                            int64_t n) {
+static void ON_PATH(matmul)(float *y, const float *x, const Tensor *w, int64_t n) {
     bool cheap = LANES == 16 && (w->type == F16 || w->type == BF16);     // to widen for each tile
     bool direct = w->cols % 32 == 0 && (n <= FEW || cheap);
     int64_t depth = direct ? w->cols : DEPTH, blocks = direct ? 0 : (w->cols + depth - 1) / depth;
@@ -1175,7 +1174,7 @@ static void ON_PATH(matmul)(float *y, const float *x, const Tensor *w, const flo
         #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < panels * chunks; i++) {
             int64_t first = i % chunks * chunk, some = n - first < chunk ? n - first : chunk;
-            outputs(y, direct ? x : copy, direct ? depth : depth + PAD, w, bias, n, first, some,
+            outputs(y, direct ? x : copy, direct ? depth : depth + PAD, w, n, first, some,
                     i / chunks * PANEL, depth, direct);
         }
     }
@@ -1437,8 +1436,8 @@ static void amx_multiply(float *c, const uint16_t *w, const uint16_t *x, int64_t
 
 // Outputs row .. row + rows of rows first .. first + some of the n of x, which is packed as
 // [blocks of columns][groups of 16 rows].
-static void amx_outputs(float *y, const uint16_t *x, const Tensor *w, const float *bias, int64_t n,
-                        int64_t first, int64_t some, int64_t row, int64_t rows) {
+static void amx_outputs(float *y, const uint16_t *x, const Tensor *w, int64_t n, int64_t first,
+                        int64_t some, int64_t row, int64_t rows) {
     static const struct { uint8_t palette, start, zero[14]; uint16_t bytes[16]; uint8_t rows[16]; }
         shapes = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
     int64_t groups = (n + 31) / 32 * 2;
@@ -1467,7 +1466,7 @@ static void amx_outputs(float *y, const uint16_t *x, const Tensor *w, const floa
                 transpose_tile((float (*)[16])(void *)block);
                 for (int64_t j = i + q % 2 * 16, l = 0; l < 16 && j < some && left > 0; j++, l++) {
                     vec_avx512 sum = load_avx512(block + l * 16);
-                    if (bias) sum += load_some_avx512(bias + row + at, left);
+                    if (w->bias) sum += load_some_avx512(w->bias + row + at, left);
                     store_some_avx512(y + (first + j) * w->rows + row + at, sum, left);
                 }
             }
@@ -1475,7 +1474,7 @@ static void amx_outputs(float *y, const uint16_t *x, const Tensor *w, const floa
     }
 }
 
-static void matmul_amx(float *y, const float *x, const Tensor *w, const float *bias, int64_t n) {
+static void matmul_amx(float *y, const float *x, const Tensor *w, int64_t n) {
     int64_t groups = (n + 31) / 32 * 2, blocks = (w->cols + AMX_DEPTH - 1) / AMX_DEPTH;
     int64_t panel = n <= FEW ? 32 : AMX_PANEL, panels = (w->rows + panel - 1) / panel;
     int64_t chunks = (n + AMX_CHUNK - 1) / AMX_CHUNK;
@@ -1490,7 +1489,7 @@ static void matmul_amx(float *y, const float *x, const Tensor *w, const float *b
         #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < panels * chunks; i++) {
             int64_t first = i % chunks * AMX_CHUNK, row = i / chunks * panel;
-            amx_outputs(y, packed, w, bias, n, first, n - first < AMX_CHUNK ? n - first : AMX_CHUNK,
+            amx_outputs(y, packed, w, n, first, n - first < AMX_CHUNK ? n - first : AMX_CHUNK,
                         row, w->rows - row < panel ? w->rows - row : panel);
         }
     }
@@ -1502,16 +1501,21 @@ END_TARGET
 // 3d. Choosing the kernels
 // ------------------------------------------------------------------------------------------------
 
+typedef void Matmul(float *y, const float *x, const Tensor *w, int64_t n);
+typedef void Attend(float *out, const float *q, int64_t ld, int64_t n, int64_t group,
+                    int64_t head_dim, const Span *spans, int64_t n_spans, int64_t past, bool causal);
+typedef void SiluMultiply(float *gate, const float *up, int64_t n);
+typedef void Gelu(float *x, int64_t n);
+
 typedef struct {                // one way to compute all this; the last that the CPU has is taken
     const char *name;
     int level;                  // of the CPU: -1 any; 0 rounds every result to float32, which the
                                 // x87 does not; 1 has AVX2, FMA and F16C, 2 the first of AVX-512,
                                 // 3 AMX
-    void (*matmul)(float *, const float *, const Tensor *, const float *, int64_t);
-    void (*attend)(float *, const float *, int64_t, int64_t, int64_t, int64_t, const Span *,
-                   int64_t, int64_t, bool);
-    void (*silu_multiply)(float *, const float *, int64_t);
-    void (*gelu)(float *, int64_t);
+    Matmul *matmul;
+    Attend *attend;
+    SiluMultiply *silu_multiply;
+    Gelu *gelu;
 } Kernels;
 
 static const Kernels kernel_table[] = {
@@ -1526,7 +1530,23 @@ static const Kernels kernel_table[] = {
 #endif
 };
 enum { N_KERNELS = sizeof kernel_table / sizeof *kernel_table };
+
+// Those in use.
 static const Kernels *kernels = &kernel_table[0];
+static Matmul *matmul = plain_matmul;
+static Attend *attend = plain_attend;
+static SiluMultiply *silu_multiply = plain_silu_multiply;
+static Gelu *gelu = plain_gelu;
+
+static const char *kernels_name(void) { return kernels->name; }
+
+static void kernels_use(const Kernels *k) {
+    kernels = k;
+    matmul = k->matmul;
+    attend = k->attend;
+    silu_multiply = k->silu_multiply;
+    gelu = k->gelu;
+}
 
 // Has this CPU what entry i of the table needs?
 static bool kernels_available(int i) {
@@ -1554,29 +1574,11 @@ static bool kernels_available(int i) {
 static void kernels_init(const char *name) {
     for (int i = N_KERNELS - 1; i >= 0; i--) {
         if (!kernels_available(i) || (name && strcmp(name, kernel_table[i].name))) continue;
-        kernels = &kernel_table[i];
+        kernels_use(&kernel_table[i]);
         return;
     }
     die("--kernels: this CPU has no \"%s\"; leave the flag out, or use plain", name ? name : "");
 }
-
-static const char *kernels_name(void) { return kernels->name; }
-
-static void matmul(float *y, const float *x, const Tensor *w, const float *bias, int64_t n) {
-    kernels->matmul(y, x, w, bias, n);
-}
-
-static void attend(float *out, const float *q, int64_t ld, int64_t n, int64_t group,
-                   int64_t head_dim, const Span *spans, int64_t n_spans, int64_t past,
-                   bool causal) {
-    kernels->attend(out, q, ld, n, group, head_dim, spans, n_spans, past, causal);
-}
-
-static void silu_multiply(float *gate, const float *up, int64_t n) {
-    kernels->silu_multiply(gate, up, n);
-}
-
-static void gelu(float *x, int64_t n) { kernels->gelu(x, n); }
 
 // ------------------------------------------------------------------------------------------------
 // 4. Layers and the forward pass
@@ -1815,21 +1817,21 @@ static void llama_layer(Session *s, const Layer *l, int64_t slot) {
     const Model *m = s->model;
     int64_t n = s->batch.n_rows, hidden = m->hidden;
     rms_norm(s->h, s->x, &l->attn_norm, m, n);
-    matmul(s->q, s->h, &l->q, NULL, n);
-    matmul(s->k, s->h, &l->k, NULL, n);
-    matmul(s->v, s->h, &l->v, NULL, n);
+    matmul(s->q, s->h, &l->q, n);
+    matmul(s->k, s->h, &l->k, n);
+    matmul(s->v, s->h, &l->v, n);
     rotate(s, s->q, m->n_heads);
     rotate(s, s->k, m->n_kv_heads);
     attention(s, slot);
-    matmul(s->h, s->att, &l->o, NULL, n);
+    matmul(s->h, s->att, &l->o, n);
     add(s->y, s->x, s->h, n * m->dim);
 
     rms_norm(s->h, s->y, &l->ffn_norm, m, n);
-    matmul(s->gate, s->h, &l->gate, NULL, n);
-    matmul(s->up, s->h, &l->up, NULL, n);
+    matmul(s->gate, s->h, &l->gate, n);
+    matmul(s->up, s->h, &l->up, n);
     #pragma omp parallel for if (n * hidden > WORTH_THREADS)
     for (int64_t r = 0; r < n; r++) silu_multiply(s->gate + r * hidden, s->up + r * hidden, hidden);
-    matmul(s->h, s->gate, &l->down, NULL, n);
+    matmul(s->h, s->gate, &l->down, n);
     add(s->y, s->y, s->h, n * m->dim);
 }
 
@@ -1838,18 +1840,18 @@ static void llama_layer(Session *s, const Layer *l, int64_t slot) {
 static void bert_layer(Session *s, const Layer *l, int64_t slot) {
     const Model *m = s->model;
     int64_t n = s->batch.n_rows, hidden = m->hidden;
-    matmul(s->q, s->x, &l->q, l->q.bias, n);
-    matmul(s->k, s->x, &l->k, l->k.bias, n);
-    matmul(s->v, s->x, &l->v, l->v.bias, n);
+    matmul(s->q, s->x, &l->q, n);
+    matmul(s->k, s->x, &l->k, n);
+    matmul(s->v, s->x, &l->v, n);
     attention(s, slot);
-    matmul(s->h, s->att, &l->o, l->o.bias, n);
+    matmul(s->h, s->att, &l->o, n);
     add(s->y, s->x, s->h, n * m->dim);
     layer_norm(s->y, &l->attn_norm, m, n);
 
-    matmul(s->up, s->y, &l->up, l->up.bias, n);
+    matmul(s->up, s->y, &l->up, n);
     #pragma omp parallel for if (n * hidden > WORTH_THREADS)
     for (int64_t r = 0; r < n; r++) gelu(s->up + r * hidden, hidden);
-    matmul(s->h, s->up, &l->down, l->down.bias, n);
+    matmul(s->h, s->up, &l->down, n);
     add(s->y, s->y, s->h, n * m->dim);
     layer_norm(s->y, &l->ffn_norm, m, n);
 }
@@ -1962,12 +1964,12 @@ static void logits(Session *s, const int64_t *rows, int64_t n, float *out) {
     float *x = pick_rows(s, rows, n), *h = x + n * m->dim;
     if (m->arch == LLAMA) {
         rms_norm(h, x, &m->norm, m, n);
-        matmul(out, h, &m->output, NULL, n);
+        matmul(out, h, &m->output, n);
     } else {
-        matmul(h, x, &m->mlm, m->mlm.bias, n);
+        matmul(h, x, &m->mlm, n);
         gelu(h, n * m->dim);
         layer_norm(h, &m->mlm_norm, m, n);
-        matmul(out, h, &m->mlm_out, m->mlm_out.bias, n);
+        matmul(out, h, &m->mlm_out, n);
     }
     release(x);
 }
@@ -1977,7 +1979,7 @@ static void pooled(Session *s, const int64_t *rows, int64_t n, float *out) {
     const Model *m = s->model;
     if (!m->has_pooler) die("%s: has no pooler; export a checkpoint with one", m->path);
     float *x = pick_rows(s, rows, n);
-    matmul(out, x, &m->pooler, m->pooler.bias, n);
+    matmul(out, x, &m->pooler, n);
     for (int64_t i = 0; i < n * m->dim; i++) out[i] = tanhf(out[i]);
     release(x);
 }
@@ -3840,7 +3842,7 @@ static void classify(Evaluation *e, Entry *entry) {
     float *z = allocate(n * width, sizeof *z, "class scores");
     for (int64_t j = 0; j < n; j++) rows[j] = e->target[j].row;
     pooled(e->s, rows, n, x);
-    if (h) matmul(z, x, &h->weight, h->weight.bias, n);
+    if (h) matmul(z, x, &h->weight, n);
     for (int64_t j = 0; j < n; j++) {
         Request *r = e->target[j].request;
         const float *own = x + j * d, *scores = z + j * width;

@@ -43,7 +43,7 @@ static void dump_pass(float *out) {
     } else if (m->n_heads_named) {
         float *x = allocate(d, sizeof *x, "pooled");
         pooled(s, (int64_t[]){0}, 1, x);
-        matmul(out, x, &m->heads[0].weight, m->heads[0].weight.bias, 1);
+        matmul(out, x, &m->heads[0].weight, 1);
         release(x);
     }
     batch_commit(s);
