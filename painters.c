@@ -916,6 +916,18 @@ enum {
     FEW = 32                    // up to so many, W is read as it is stored
 };
 
+typedef struct {                // a panel of W and some rows of x
+    const Tensor *w;
+    int64_t row, rows;          // the panel in W
+    const float *x;
+    int64_t ldx, depth;         // x is [rows of x][ldx], of which `depth` columns are multiplied
+    float *c;                   // [rows of x][PANEL][LANES]: sums that have begun with columns
+    bool begun, goes_on;        // before these, or go on behind them
+    float *y;                   // [rows of x][ldy]
+    int64_t ldy;
+    const float *bias;          // [rows]
+} Block;
+
 #define PATH generic
 #define LANES 4
 #define ACCUMULATORS 12
@@ -962,9 +974,9 @@ END_TARGET
 #define load_weights ON_PATH(load_weights)
 #define load_scale ON_PATH(load_scale)
 #define widen_part ON_PATH(widen_part)
-#define chains_of ON_PATH(chains_of)
-#define chains ON_PATH(chains)
+#define outputs_of ON_PATH(outputs_of)
 #define outputs ON_PATH(outputs)
+#define outputs_in_blocks ON_PATH(outputs_in_blocks)
 #define tile_of ON_PATH(tile_of)
 #define tile ON_PATH(tile)
 #define exp_of ON_PATH(exp_of)
@@ -1065,22 +1077,24 @@ static void widen_part(float *out, const Tensor *w, int64_t row, int64_t k, int6
     }
 }
 
-// Adds the first `depth` columns (a multiple of 32) of n rows of x and m of W to their chains,
-// c[n][PANEL][LANES]. Rows that W lacks repeat its last one. `next` points to rows of x that will
-// be wanted soon: each full tile fetches its part of them.
-INLINE void chains_of(float *c, const float *x, int64_t ldx, const Tensor *w, int64_t row,
-                      int64_t depth, const float *next, const int n, const int type) {
+// Outputs of n rows of x from i0 on and m of W from r0 on. Rows that W lacks repeat its last one.
+// Each full tile fetches its part of the rows of x that come next.
+INLINE void outputs_of(const Block *p, int64_t i0, int64_t r0, const int n, const int type) {
     const int bytes = WEIGHT_BYTES(type), m = n == 1 ? 8 : ACCUMULATORS / n;
+    const float *x = p->x + i0 * p->ldx, *next = x + n * p->ldx + r0 * p->depth * n / PANEL;
+    float *y = p->y + i0 * p->ldy + r0;
     vec sum[4][12], factor[12];
     const char *from[12];
     const uint16_t *scale[12];
     UNROLL for (int j = 0; j < m; j++) {
-        int64_t at = row + j < w->rows ? row + j : w->rows - 1;
-        from[j] = (const char *)w->data + at * w->cols * bytes;
-        if (type == Q8) scale[j] = w->scale + at * (w->cols / 32);
-        UNROLL for (int i = 0; i < n; i++) sum[i][j] = load(c + (i * PANEL + j) * LANES);
+        int64_t at = p->row + (r0 + j < p->rows ? r0 + j : p->rows - 1);
+        from[j] = (const char *)p->w->data + at * p->w->cols * bytes;
+        if (type == Q8) scale[j] = p->w->scale + at * (p->w->cols / 32);
+        UNROLL for (int i = 0; i < n; i++) {
+            sum[i][j] = p->begun ? load(p->c + ((i0 + i) * PANEL + r0 + j) * LANES) : (vec){0};
+        }
     }
-    for (int64_t k = 0; k < depth; k += 32) {
+    for (int64_t k = 0; k < p->depth; k += 32) {
         if (n * m == ACCUMULATORS) __builtin_prefetch(next + k / (PANEL / ACCUMULATORS));
         if (n * m == PANEL) __builtin_prefetch(next + k + 16);
         if (type == Q8) {
@@ -1089,7 +1103,7 @@ INLINE void chains_of(float *c, const float *x, int64_t ldx, const Tensor *w, in
         ROLLED for (int l = 0; l < 32; l += LANES) {
             vec a[4];
             UNROLL for (int i = 0; i < n; i++) {
-                a[i] = load(x + i * ldx + k + l);
+                a[i] = load(x + i * p->ldx + k + l);
                 IN_REGISTER(a[i]);
             }
             UNROLL for (int j = 0; j < m; j++) {
@@ -1101,24 +1115,22 @@ INLINE void chains_of(float *c, const float *x, int64_t ldx, const Tensor *w, in
         }
     }
     UNROLL for (int j = 0; j < m; j++) {
-        UNROLL for (int i = 0; i < n; i++) *(loose_vec *)(c + (i * PANEL + j) * LANES) = sum[i][j];
+        UNROLL for (int i = 0; i < n; i++) {
+            float *chains = p->c + ((i0 + i) * PANEL + r0 + j) * LANES;
+            if (p->goes_on) *(loose_vec *)chains = sum[i][j];
+            else if (r0 + j < p->rows) y[i * p->ldy + j] = sum_of(sum[i][j]) + p->bias[r0 + j];
+        }
     }
 }
 
-// The same for any number of rows of x and PANEL rows of W. Few rows of x meet many of W at a time,
-// since then reading W is what takes time.
-static void chains(float *c, const float *x, int64_t ldx, int64_t n, const Tensor *w, int64_t row,
-                   int64_t depth) {
+// Few rows of x meet many of W at a time, since then reading W is what takes time.
+static void outputs(const Block *p, int64_t n) {
     const int64_t most = ACCUMULATORS == 24 ? 4 : 3;
-    int64_t end = row + PANEL < w->rows ? row + PANEL : w->rows;
-    for (int64_t left = (n + most - 1) / most, some; left > 0; left--, n -= some) {
-        some = (n + left - 1) / left;
-        for (int64_t r = row; r < end; r += some == 1 ? 8 : ACCUMULATORS / some) {
-            float *to = c + (r - row) * LANES;
-            const float *next = x + some * ldx + (r - row) * depth * some / PANEL;
-            switch (4 * w->type + some) {
-#define TILE(n, type) \
-            case 4 * type + n: chains_of(to, x, ldx, w, r, depth, next, n, type); break
+    for (int64_t i = 0, left = (n + most - 1) / most, some; i < n; i += some, left--) {
+        some = (n - i + left - 1) / left;
+        for (int64_t r = 0; r < p->rows; r += some == 1 ? 8 : ACCUMULATORS / some) {
+            switch (4 * p->w->type + some) {
+#define TILE(n, type) case 4 * type + n: outputs_of(p, i, r, n, type); break
             TILE(1, F32); TILE(1, F16); TILE(1, BF16); TILE(1, Q8);
             TILE(2, F32); TILE(2, F16); TILE(2, BF16); TILE(2, Q8);
             TILE(3, F32); TILE(3, F16); TILE(3, BF16); TILE(3, Q8);
@@ -1128,54 +1140,58 @@ static void chains(float *c, const float *x, int64_t ldx, int64_t n, const Tenso
 #undef TILE
             }
         }
-        c += some * PANEL * LANES, x += some * ldx;
     }
 }
 
-// Outputs row .. row + PANEL of rows first .. first + some of the n of x, which lies in `blocks` of
-// depth columns each, [blocks][n][ldx].
-static void outputs(float *y, const float *x, int64_t ldx, const Tensor *w, int64_t n,
-                    int64_t first, int64_t some, int64_t row, int64_t depth, bool direct) {
-    int64_t rows = w->rows - row < PANEL ? w->rows - row : PANEL;
-    float *c = scratch(1, PANEL * (CHUNK * LANES + DEPTH + PAD)), *wide = c + CHUNK * PANEL * LANES;
-    const Tensor panel = {F32, rows, DEPTH + PAD, wide, NULL, NULL};
-    memset(c, 0, (size_t)(some * PANEL * LANES) * sizeof *c);
-    for (int64_t k = 0; k < w->cols; k += depth) {
-        int64_t here = w->cols - k < depth ? w->cols - k : depth;
-        for (int64_t r = 0; r < rows && !direct; r++) {
-            widen_part(wide + r * (DEPTH + PAD), w, row + r, k, here);
+// The same in blocks of DEPTH columns, with copies of W's rows as float32 and of x, which are
+// padded and stay in the caches. copy: row i of block b of the chunk's n rows is at
+// copy + (b * ld + i) * (DEPTH + PAD).
+static void outputs_in_blocks(const Block *whole, int64_t n, const float *copy, int64_t ld) {
+    const Tensor *w = whole->w;
+    Block p = *whole;
+    p.c = scratch(1, PANEL * (CHUNK * LANES + DEPTH + PAD));
+    p.ldx = DEPTH + PAD;
+    p.row = 0;
+    float *wide = p.c + CHUNK * PANEL * LANES;
+    p.w = &(Tensor){.type = F32, .rows = p.rows, .cols = DEPTH + PAD, .data = wide};
+    for (int64_t k = 0; k < w->cols; k += DEPTH) {
+        int64_t here = w->cols - k < DEPTH ? w->cols - k : DEPTH;
+        for (int64_t r = 0; r < p.rows; r++) {
+            widen_part(wide + r * (DEPTH + PAD), w, whole->row + r, k, here);
         }
-        chains(c, x + (k / depth * n + first) * ldx, ldx, some, direct ? w : &panel,
-               direct ? row : 0, (here + 31) / 32 * 32);
-    }
-    for (int64_t i = 0; i < some; i++) {
-        for (int64_t r = 0; r < rows; r++) {
-            float sum = sum_of(load(c + (i * PANEL + r) * LANES));
-            y[(first + i) * w->rows + row + r] = sum + (w->bias ? w->bias[row + r] : 0);
-        }
+        p.x = copy + k / DEPTH * ld * (DEPTH + PAD);
+        p.depth = (here + 31) / 32 * 32;
+        p.begun = k > 0;
+        p.goes_on = k + DEPTH < w->cols;
+        outputs(&p, n);
     }
 }
 
 static void ON_PATH(matmul)(float *y, const float *x, const Tensor *w, int64_t n) {
+    static const float no_bias[PANEL];
+    const Tensor rows_of_x = {.type = F32, .rows = n, .cols = w->cols, .data = x};
     bool cheap = LANES == 16 && (w->type == F16 || w->type == BF16);     // to widen for each tile
-    bool direct = w->cols % 32 == 0 && (n <= FEW || cheap);
-    int64_t depth = direct ? w->cols : DEPTH, blocks = direct ? 0 : (w->cols + depth - 1) / depth;
+    bool direct = w->cols % 32 == 0 && (n <= FEW || cheap);     // without copies of x and W
+    int64_t blocks = direct ? 0 : (w->cols + DEPTH - 1) / DEPTH;
     int64_t chunk = direct ? CHUNK / 2 : CHUNK, chunks = (n + chunk - 1) / chunk;
     int64_t panels = (w->rows + PANEL - 1) / PANEL;
-    const Tensor rows = {.type = F32, .rows = n, .cols = w->cols, .data = x};
-    float *copy = scratch(0, blocks * n * (depth + PAD));
+    float *copy = scratch(0, blocks * n * (DEPTH + PAD));
     #pragma omp parallel if (n * w->rows * w->cols > 1 << 21)
     {
         #pragma omp for
         for (int64_t i = 0; i < blocks * n; i++) {
-            int64_t k = i / n * depth, here = w->cols - k < depth ? w->cols - k : depth;
-            widen_part(copy + i * (depth + PAD), &rows, i % n, k, here);
+            int64_t k = i / n * DEPTH, here = w->cols - k < DEPTH ? w->cols - k : DEPTH;
+            widen_part(copy + i * (DEPTH + PAD), &rows_of_x, i % n, k, here);
         }
         #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < panels * chunks; i++) {
             int64_t first = i % chunks * chunk, some = n - first < chunk ? n - first : chunk;
-            outputs(y, direct ? x : copy, direct ? depth : depth + PAD, w, n, first, some,
-                    i / chunks * PANEL, depth, direct);
+            int64_t row = i / chunks * PANEL, rows = w->rows - row < PANEL ? w->rows - row : PANEL;
+            Block p = {.w = w, .row = row, .rows = rows, .x = x + first * w->cols, .ldx = w->cols,
+                       .depth = w->cols, .y = y + first * w->rows + row, .ldy = w->rows,
+                       .bias = w->bias ? w->bias + row : no_bias};
+            if (direct) outputs(&p, some);
+            else outputs_in_blocks(&p, some, copy + first * (DEPTH + PAD), n);
         }
     }
 }
@@ -1503,7 +1519,8 @@ END_TARGET
 
 typedef void Matmul(float *y, const float *x, const Tensor *w, int64_t n);
 typedef void Attend(float *out, const float *q, int64_t ld, int64_t n, int64_t group,
-                    int64_t head_dim, const Span *spans, int64_t n_spans, int64_t past, bool causal);
+                    int64_t head_dim, const Span *spans, int64_t n_spans, int64_t past,
+                    bool causal);
 typedef void SiluMultiply(float *gate, const float *up, int64_t n);
 typedef void Gelu(float *x, int64_t n);
 
