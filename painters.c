@@ -977,6 +977,7 @@ END_TARGET
 #define outputs_of ON_PATH(outputs_of)
 #define outputs ON_PATH(outputs)
 #define outputs_in_blocks ON_PATH(outputs_in_blocks)
+#define share_of_matmul ON_PATH(share_of_matmul)
 #define tile_of ON_PATH(tile_of)
 #define tile ON_PATH(tile)
 #define exp_of ON_PATH(exp_of)
@@ -1167,32 +1168,41 @@ static void outputs_in_blocks(const Block *whole, int64_t n, const float *copy, 
     }
 }
 
-static void ON_PATH(matmul)(float *y, const float *x, const Tensor *w, int64_t n) {
+// A thread's share of a matmul: of the copying first, then of the outputs. It is called by all
+// threads, or by one alone outside of any parallel region, where OpenMP's loops cost nothing.
+static void share_of_matmul(float *y, const float *x, const Tensor *w, int64_t n, bool direct,
+                            float *copy) {
     static const float no_bias[PANEL];
     const Tensor rows_of_x = {.type = F32, .rows = n, .cols = w->cols, .data = x};
-    bool cheap = LANES == 16 && (w->type == F16 || w->type == BF16);     // to widen for each tile
-    bool direct = w->cols % 32 == 0 && (n <= FEW || cheap);     // without copies of x and W
     int64_t blocks = direct ? 0 : (w->cols + DEPTH - 1) / DEPTH;
     int64_t chunk = direct ? CHUNK / 2 : CHUNK, chunks = (n + chunk - 1) / chunk;
     int64_t panels = (w->rows + PANEL - 1) / PANEL;
-    float *copy = scratch(0, blocks * n * (DEPTH + PAD));
-    #pragma omp parallel if (n * w->rows * w->cols > 1 << 21)
-    {
-        #pragma omp for
-        for (int64_t i = 0; i < blocks * n; i++) {
-            int64_t k = i / n * DEPTH, here = w->cols - k < DEPTH ? w->cols - k : DEPTH;
-            widen_part(copy + i * (DEPTH + PAD), &rows_of_x, i % n, k, here);
-        }
-        #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < panels * chunks; i++) {
-            int64_t first = i % chunks * chunk, some = n - first < chunk ? n - first : chunk;
-            int64_t row = i / chunks * PANEL, rows = w->rows - row < PANEL ? w->rows - row : PANEL;
-            Block p = {.w = w, .row = row, .rows = rows, .x = x + first * w->cols, .ldx = w->cols,
-                       .depth = w->cols, .y = y + first * w->rows + row, .ldy = w->rows,
-                       .bias = w->bias ? w->bias + row : no_bias};
-            if (direct) outputs(&p, some);
-            else outputs_in_blocks(&p, some, copy + first * (DEPTH + PAD), n);
-        }
+    #pragma omp for
+    for (int64_t i = 0; i < blocks * n; i++) {
+        int64_t k = i / n * DEPTH, here = w->cols - k < DEPTH ? w->cols - k : DEPTH;
+        widen_part(copy + i * (DEPTH + PAD), &rows_of_x, i % n, k, here);
+    }
+    #pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t i = 0; i < panels * chunks; i++) {
+        int64_t first = i % chunks * chunk, some = n - first < chunk ? n - first : chunk;
+        int64_t row = i / chunks * PANEL, rows = w->rows - row < PANEL ? w->rows - row : PANEL;
+        Block p = {.w = w, .row = row, .rows = rows, .x = x + first * w->cols, .ldx = w->cols,
+                   .depth = w->cols, .y = y + first * w->rows + row, .ldy = w->rows,
+                   .bias = w->bias ? w->bias + row : no_bias};
+        if (direct) outputs(&p, some);
+        else outputs_in_blocks(&p, some, copy + first * (DEPTH + PAD), n);
+    }
+}
+
+static void ON_PATH(matmul)(float *y, const float *x, const Tensor *w, int64_t n) {
+    bool cheap = LANES == 16 && (w->type == F16 || w->type == BF16);     // to widen for each tile
+    bool direct = w->cols % 32 == 0 && (n <= FEW || cheap);     // without copies of x and W
+    float *copy = scratch(0, direct ? 0 : (w->cols + DEPTH - 1) / DEPTH * n * (DEPTH + PAD));
+    if (n * w->rows * w->cols > 1 << 21) {
+        #pragma omp parallel
+        share_of_matmul(y, x, w, n, direct, copy);
+    } else {
+        share_of_matmul(y, x, w, n, direct, copy);
     }
 }
 
@@ -1490,24 +1500,32 @@ static void amx_outputs(float *y, const uint16_t *x, const Tensor *w, int64_t n,
     }
 }
 
-static void matmul_amx(float *y, const float *x, const Tensor *w, int64_t n) {
+static void share_of_matmul_amx(float *y, const float *x, const Tensor *w, int64_t n,
+                                uint16_t *packed) {
     int64_t groups = (n + 31) / 32 * 2, blocks = (w->cols + AMX_DEPTH - 1) / AMX_DEPTH;
     int64_t panel = n <= FEW ? 32 : AMX_PANEL, panels = (w->rows + panel - 1) / panel;
     int64_t chunks = (n + AMX_CHUNK - 1) / AMX_CHUNK;
-    uint16_t *packed = (uint16_t *)(void *)scratch(0, blocks * groups * AMX_GROUP / 2);
     const Tensor rows = {.type = F32, .rows = n, .cols = w->cols, .data = x};
-    #pragma omp parallel if (n * w->rows * w->cols > 1 << 21)
-    {
-        #pragma omp for
-        for (int64_t i = 0; i < blocks * groups; i++) {
-            amx_pack(packed + i * AMX_GROUP, &rows, i % groups * 16, i / groups * AMX_DEPTH, true);
-        }
-        #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < panels * chunks; i++) {
-            int64_t first = i % chunks * AMX_CHUNK, row = i / chunks * panel;
-            amx_outputs(y, packed, w, n, first, n - first < AMX_CHUNK ? n - first : AMX_CHUNK,
-                        row, w->rows - row < panel ? w->rows - row : panel);
-        }
+    #pragma omp for
+    for (int64_t i = 0; i < blocks * groups; i++) {
+        amx_pack(packed + i * AMX_GROUP, &rows, i % groups * 16, i / groups * AMX_DEPTH, true);
+    }
+    #pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t i = 0; i < panels * chunks; i++) {
+        int64_t first = i % chunks * AMX_CHUNK, row = i / chunks * panel;
+        amx_outputs(y, packed, w, n, first, n - first < AMX_CHUNK ? n - first : AMX_CHUNK, row,
+                    w->rows - row < panel ? w->rows - row : panel);
+    }
+}
+
+static void matmul_amx(float *y, const float *x, const Tensor *w, int64_t n) {
+    int64_t groups = (n + 31) / 32 * 2, blocks = (w->cols + AMX_DEPTH - 1) / AMX_DEPTH;
+    uint16_t *packed = (uint16_t *)(void *)scratch(0, blocks * groups * AMX_GROUP / 2);
+    if (n * w->rows * w->cols > 1 << 21) {
+        #pragma omp parallel
+        share_of_matmul_amx(y, x, w, n, packed);
+    } else {
+        share_of_matmul_amx(y, x, w, n, packed);
     }
 }
 END_TARGET
