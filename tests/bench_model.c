@@ -2,6 +2,7 @@
 //   prefill TOKENS               one sequence from nothing, and the logits of its last token
 //   decode STEPS SEQUENCES PAST  steps of all sequences behind PAST tokens each, with their logits
 //   encode SEQUENCES TOKENS      BERT's hidden states
+//   tokenize FILE                every line of it; the number of ids stands behind the seconds
 //   cc -O3 -fopenmp tests/bench_model.c -o bench_model -lm && ./bench_model MODEL [kernels]
 #define PAINTERS_NO_MAIN
 #include "../painters.c"
@@ -20,6 +21,23 @@ static void pass(Session *s, const Schedule *schedule, const int64_t *rows, int6
     batch_commit(s);
 }
 
+static void tokenize(const Tokenizer *t, const char *path) {
+    int64_t bytes, count = 0;
+    char *data = read_file(path, &bytes);
+    Ids ids = {0};
+    double start = seconds();
+    for (int64_t at = 0, n; at < bytes; at += n + 1) {
+        const char *end = memchr(data + at, '\n', (size_t)(bytes - at));
+        n = end ? end - (data + at) : bytes - at;
+        ids.n = 0;
+        encode(t, data + at, n, &ids);
+        count += ids.n;
+    }
+    printf("%.6f %lld\n", seconds() - start, (long long)count);
+    release(ids.id);
+    release(data);
+}
+
 int main(int argc, char **argv) {
     if (argc < 2) die("a model file, please");
     if (argc > 2) options.kernels = argv[2];
@@ -30,7 +48,11 @@ int main(int argc, char **argv) {
     char line[200];
     printf("%s\n", kernels_name());
     while (fflush(stdout), fgets(line, sizeof line, stdin)) {
-        char what[20];
+        char what[20], path[180];
+        if (sscanf(line, "tokenize %179s", path) == 1) {
+            tokenize(m->tokenizer, path);
+            continue;
+        }
         long long a = 0, b = 1, c = 0;
         if (sscanf(line, "%19s %lld %lld %lld", what, &a, &b, &c) < 2) die("what is: %s", line);
         float *out = allocate(b * m->vocab_size, sizeof *out, "logits");
