@@ -1,41 +1,40 @@
-"""Speed beside what people would otherwise run on the same CPU: `make bench`.
+"""Speed beside what people would otherwise run on the same CPU: `make peers`, then `make bench`.
 
     python3 tests/bench.py [--quick] [--rows NAME ...] [--python PYTHON] [--python-avx2 PYTHON]
                            [--llama2c PATH] [--seven FOLDER] [--threads N] [--pairs N] [--items N]
 
-PYTHON is one that has the peers, such as a virtual environment after `pip install` of PEERS;
-llama-cpp-python compiles for the machine it is on, and for --python-avx2 with
-CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON".
---llama2c: a checkout of llama2.c, or its `run`. --seven: where 41 GB fit, for the 7B rows.
-What is missing is named. --rows: those whose names begin so. --quick: small models, few runs.
-The models have random weights of the real shapes and are made here, 9 GB at a time (TMPDIR says
-where). Sides take turns in one run; a figure is the median, +- half the distance of the quartiles,
-and a ratio is the median of the ratios of neighbouring runs.
+--python has the packages of PEERS; llama-cpp-python compiles for the machine it is on, and the one
+of --python-avx2 is told to do without AVX-512 (the Makefile says how). --llama2c is a checkout of
+llama2.c or its `run`, --seven a folder where 41 GB fit, for the 7B rows. What is missing is named.
+--rows takes names of the tables below, or patterns such as 'prefill-*'; --quick makes models small
+and runs few.
+The models have random weights of the real shapes and are made here, up to 9 GB at a time (TMPDIR
+says where). Sides take turns in one run; a figure is the median, +- half the distance of the
+quartiles, and a ratio is the median of the ratios of neighbouring runs.
 """
 import argparse
+import fnmatch
 import json
 import os
 import platform
-import re
-import shutil
 import statistics
 import subprocess
 import sys
 import time
 
-WAIT_POLICY = os.environ.get("OMP_WAIT_POLICY")     # common.py sets one, which users have not
-import bench_files  # noqa: E402
-import bench_sweep  # noqa: E402
-import common  # noqa: E402
+import bench_files
+import bench_sides
+import bench_sweep
+import common
 
 PEERS = ("llama-cpp-python==0.3.34", "torch==2.13.0", "transformers==5.23.0", "lm-eval==0.4.13",
          "tokenizers==0.23.3", "sentencepiece==0.2.3")
 
-# name | our side | what it does | the other side | what that does (=: the same) | least ratio of rates
+# A side is a function of class Sides in bench_sides.py and its arguments, a command is one that
+# bench_model.c answers ("=": the same). "base" are the fastest kernels but AMX's, which users get on
+# a CPU without it; with no name, those that the program chooses. "-": reported only.
 #
-# A side is a function of class Sides and its arguments; a command is one of tests/bench_model.c's.
-# "base" are the fastest kernels but AMX's, which users get on a CPU without; with no name, those that
-# the program chooses. A row without a least ratio is reported only.
+# name              | our side          | command        | beside            | its command    | least
 ROWS = """
 prefill-f32         | passes f32 base   | prefill 512    | llama_cpp f32     | =              | 1.5
 prefill-f32-amx     | passes f32 amx    | prefill 512    | llama_cpp f32     | =              | 3
@@ -85,222 +84,6 @@ SWEEPS = {"sweep-methods": bench_sweep.SWEEPS[0], "sweep-loops": bench_sweep.SWE
 SWEEP_TARGET = 0.9                                  # of what the count of layer passes allows
 
 
-class Missing(Exception):
-    """What this machine lacks, so that a side cannot run."""
-
-
-# What the sides run on ----------------------------------------------------------------------------
-
-class Files:
-    """Made when they are first asked for: get("bf16", "gguf") and so on."""
-
-    def __init__(self, quick):
-        self.quick = "quick " if quick else ""
-
-    def get(self, what, form):
-        path = os.path.join(common.scratch(), what + "." + form)
-        if not os.path.exists(path):
-            getattr(self, form)(what, path)
-        return path
-
-    def make_room(self, *keep):
-        """Removes the large files of all but these."""
-        for name in os.listdir(common.scratch()):
-            what, form = os.path.splitext(name)
-            path = os.path.join(common.scratch(), name)
-            if form in (".bin", ".gguf") and what not in keep:
-                os.remove(path)
-            elif form == ".hf" and what not in keep:
-                shutil.rmtree(path)
-
-    def hf(self, what, path):
-        shape = what.replace("-", " ") if "tiny" in what else self.quick + (
-            "bert" if what == "bert" else "llama")
-        bench_files.write_checkpoint(path, shape, what if what in bench_files.TYPES else "f32")
-
-    def bin(self, what, path):
-        if what == "q8":
-            subprocess.run([common.painters(), self.get("bf16", "bin"), "--quantize", path,
-                            "--quiet"], check=True, stdout=subprocess.DEVNULL)
-        elif what == "stories":
-            checkpoint, tokenizer = bench_files.write_stories(common.scratch())
-            common.export(checkpoint, "--tokenizer", tokenizer, out=path)
-        else:
-            common.export(self.get(what, "hf"), out=path)
-            shutil.rmtree(self.get(what, "hf"))     # made again for a peer that reads it
-
-    def gguf(self, what, path):
-        bench_files.write_gguf(path, self.quick + "llama", what)
-
-    def jsonl(self, _, path):
-        bench_files.write_items(path)
-
-    def tsv(self, what, path):
-        subprocess.run([sys.executable, os.path.join(common.ROOT, "export.py"), "task", "hellaswag",
-                        self.get(what, "jsonl"), path], check=True, stderr=subprocess.DEVNULL)
-
-    def txt(self, _, path):
-        bench_files.write_text(path, 300000 if self.quick else 10000000)
-
-
-# Sides: processes that answer a command with seconds ----------------------------------------------
-
-class Runner:
-    """One that reads commands. `check` is what it said behind the seconds."""
-
-    def __init__(self, *command, **env):
-        self.errors = open(os.path.join(common.scratch(), "errors"), "w+", encoding="utf-8")
-        self.process = subprocess.Popen(
-            list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self.errors, text=True, env=dict(os.environ, **env))
-        self.about, self.check = self.process.stdout.readline().strip(), ""
-        if not self.about:
-            self.fail()
-
-    def fail(self):
-        self.process.wait()
-        self.errors.seek(0)
-        raise Missing("%s" % (self.errors.read().strip().splitlines() or ["ended"])[-1])
-
-    def ask(self, command):
-        self.process.stdin.write(command + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline().strip()
-        if not answer:
-            self.fail()
-        seconds, _, self.check = answer.partition(" ")
-        return float(seconds)
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
-        self.errors.close()
-
-
-class Program:
-    """The whole program, as a user runs it: started anew for each command."""
-
-    def __init__(self, model, kernels, tasks, threads):
-        self.command = [common.painters(), model] + (["--kernels", kernels] if kernels else [])
-        self.tasks, self.threads, self.check = tasks, threads, ""
-
-    def ask(self, command):
-        what, n = command.split()
-        if what == "generate":      # its own figure, since starting takes longer
-            threads = self.threads if n == "all" else 1
-            return generate(self.command + ["--prompt", "Once upon a time", "--tokens", "200",
-                                            "--threads", str(threads)],
-                            r"continuation: .* ([\d.]+) tokens/s")
-        log, start = os.path.join(common.scratch(), "log"), time.perf_counter()
-        subprocess.run(self.command + ["--eval", self.tasks, "--limit", n, "--log", log,
-                                       "--threads", str(self.threads)], check=True,
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        took = time.perf_counter() - start
-        with open(log, encoding="utf-8") as f:
-            self.check = [line.rstrip("\n").split("\t")[-1] for line in list(f)[1:]]
-        return took
-
-    def close(self):
-        pass
-
-
-class Llama2c:
-    """llama2.c's own program; `best` of one thread and all."""
-
-    def __init__(self, run, threads):
-        checkpoint, tokenizer = bench_files.write_stories(common.scratch())
-        self.command = [run, checkpoint, "-z", tokenizer, "-t", "0", "-n", "200", "-i",
-                        "Once upon a time"]
-        self.threads, self.check = threads, ""
-
-    def ask(self, _):
-        return min(generate(self.command, r"tok/s: ([\d.]+)", n) for n in {1, self.threads})
-
-    def close(self):
-        pass
-
-
-def generate(command, pattern, threads=None):
-    """Seconds a token, from the rate that a program prints."""
-    env = dict(os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {}))
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                          env=env, check=True)
-    return 1 / float(re.search(pattern, done.stderr).group(1))
-
-
-class Sides:
-    """The functions that ROWS names: each makes a side of its words, or raises Missing."""
-
-    def __init__(self, args):
-        self.args, self.files = args, Files(args.quick)
-        self.fastest = self.kernels()
-
-    def kernels(self, name=None):
-        """The kernels that --info says the program takes."""
-        command = [common.painters(), os.path.join(common.TESTS, "small", "llama.bin"), "--info"]
-        done = subprocess.run(command + (["--kernels", name] if name else []), capture_output=True,
-                              text=True, check=False)
-        found = re.search(r"^kernels +(\w+)", done.stdout, re.M)
-        if not found:
-            raise Missing(done.stderr.strip() + " (--info says it takes %s)" % self.fastest)
-        return found.group(1)
-
-    def choice(self, kernels):
-        if kernels != ["base"]:
-            return self.kernels(*kernels)
-        return "avx512" if self.fastest == "amx" else self.fastest
-
-    def passes(self, what, *kernels):
-        chosen = self.choice(list(kernels))
-        return Runner(common.build("bench_model"), self.files.get(what, "bin"), chosen)
-
-    def program(self, what, *kernels):
-        chosen = self.choice(list(kernels))
-        return Program(self.files.get(what, "bin"), chosen, self.files.get("items", "tsv"),
-                       self.args.threads)
-
-    def peer(self, python, package, name, *arguments, **env):
-        if not python:
-            raise Missing("give --python-avx2")
-        if not version(python, package):
-            raise Missing("%s: pip install it, or give --python" % package)
-        script = os.path.join(common.TESTS, "bench_peers.py")
-        return Runner(python, script, name, *arguments, **env)
-
-    def llama_cpp(self, what, build=""):
-        python = self.args.python_avx2 if build else self.args.python
-        return self.peer(python, "llama-cpp-python", "llama_cpp", self.files.get(what, "gguf"),
-                         self.args.threads, OMP_PROC_BIND="true")
-
-    def transformers(self, kind):
-        return self.peer(self.args.python, "transformers", "transformers",
-                         self.files.get("bert", "hf"), kind, self.args.threads)
-
-    def lm_eval(self, kind):
-        return self.peer(self.args.python, "lm-eval", "lm_eval", self.files.get("bf16", "hf"), kind,
-                         self.args.threads, self.files.get("items", "jsonl"),
-                         os.path.join(common.scratch(), "lm_eval.json"))
-
-    def tokenizers(self, arch):
-        name, data = bench_files.tokenizer(arch)
-        path = os.path.join(common.scratch(), name)
-        with open(path, "wb") as out:
-            out.write(data)
-        return self.peer(self.args.python, "tokenizers", "tokenizers", path,
-                         RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-
-    def llama2c(self):
-        path = self.args.llama2c
-        if not path:
-            raise Missing("llama2.c: give --llama2c")
-        if not os.path.isdir(path):
-            return Llama2c(path, self.args.threads)
-        run = os.path.join(common.scratch(), "llama2c-run")
-        subprocess.run(["cc", "-Ofast", "-fopenmp", "-march=native", os.path.join(path, "run.c"),
-                        "-o", run, "-lm"], check=True)
-        return Llama2c(run, self.args.threads)
-
-
 # The table ----------------------------------------------------------------------------------------
 
 def work(command):
@@ -336,43 +119,42 @@ def agreement(ours, theirs):
 def show(name, ours, theirs, ratio="", target="-", more=""):
     verdict = "" if not ratio or target == "-" else (
         "met" if float(ratio.split()[0]) >= float(target) else "missed")
-    print("| %-18s | %-26s | %-40s | %-16s | %4s | %-6s | %s" % (name, ours, theirs, ratio, target,
-                                                             verdict, more), flush=True)
+    print("| %-18s | %-26s | %-40s | %-16s | %5s | %-6s | %s |" % (
+        name, ours, theirs, ratio, target, verdict, more), flush=True)
 
 
 def measure(sides, pairs, name, ours, our_command, other, other_command, target):
-    """Alternating runs of both sides; one line of the table."""
+    """Alternating runs of both sides; one line of the table. Without the other side, ours alone."""
     commands = [our_command, our_command if other_command == "=" else other_command]
-    runners, missing = [], ""
+    running, missing = [], ""
     try:
-        for side in (ours, other) if other != "-" else (ours,):
+        for side, command in zip((ours, other) if other != "-" else (ours,), commands):
             function, *words = side.split()
             try:
-                runners.append(getattr(sides, function)(*words))
-                runners[-1].ask(commands[len(runners) - 1])     # touches memory, wakes threads
-            except Missing as reason:
-                missing = str(reason)
-                if len(runners) < 2 and side == ours:
+                started = getattr(sides, function)(*words)
+                started.ask(command)                        # touches memory, wakes threads
+                running.append(started)
+            except bench_sides.Missing as reason:
+                missing = "missing: %s" % reason
+                if not running:
                     return show(name, "not run", missing, "", target)
-        if missing:
-            del runners[1:]
-        times = [[] for _ in runners]
-        for i in range(pairs):
-            for j in sorted(range(len(runners)), reverse=i % 2):
-                times[j].append(runners[j].ask(commands[j]))
-        figures = [spread([work(c)[0] / t for t in column]) for c, column in zip(commands, times)]
+        times = [[] for _ in running]
+        for i in range(pairs if other != "-" else 1):
+            for j in sorted(range(len(running)), reverse=i % 2):
+                times[j].append(running[j].ask(commands[j]))
+        works = [work(command)[0] for command in commands[:len(running)]]
+        figures = [spread([n / t for t in column]) for n, column in zip(works, times)]
         figures[0] += " " + work(our_command)[1]
-        if len(runners) < 2:
-            return show(name, figures[0], missing and "missing: " + missing, "", target)
-        scale = work(commands[0])[0] / work(commands[1])[0]
-        ratio = spread([b / a * scale for a, b in zip(*times)])
-        more = " ".join(filter(None, (getattr(runners[1], "about", "").partition("ready ")[2],
-                                      agreement(runners[0].check, runners[1].check))))
-        shown = other if commands[0] == commands[1] else commands[1]
-        return show(name, figures[0], "%s: %s" % (shown, figures[1]), ratio, target, more)
+        if len(running) < 2:
+            return show(name, figures[0], missing, "", target)
+        ratio = spread([b / a * works[0] / works[1] for a, b in zip(*times)])
+        about = [running[1].about, agreement(running[0].check, running[1].check)]
+        return show(name, figures[0], "%s: %s" % (
+            other if ours != other else other_command, figures[1]), ratio, target,
+                    ", ".join(filter(None, about)))
     finally:
-        for runner in runners:
-            runner.close()
+        for side in running:
+            side.close()
 
 
 def sweep(name, layers, items):
@@ -391,12 +173,6 @@ def machine():
         return platform.processor() or platform.machine()
 
 
-def version(python, package):
-    code = "from importlib.metadata import version; print(version(%r))" % package
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
-    return done.stdout.strip()
-
-
 def say_where(args, sides):
     """The machine and the versions."""
     compiler = subprocess.run([os.environ.get("CC", "cc").split()[0], "--version"],
@@ -405,9 +181,13 @@ def say_where(args, sides):
                                                   time.strftime("%Y-%m-%d")))
     for wanted in PEERS:
         package, _, pinned = wanted.partition("==")
-        found = version(args.python, package)
-        print("%s %s%s" % (package, found or "is missing: pip install %s, or give --python" % wanted,
-                           "" if found.split("+")[0] in ("", pinned) else " (not %s)" % pinned))
+        found = bench_sides.version(args.python, package)
+        other = "" if found.split("+")[0] == pinned else " (not %s)" % pinned
+        print("%s %s" % (package, found + other if found else
+                         "is missing: `make peers`, or give --python"))
+    if args.python_avx2:
+        print("llama-cpp-python for AVX2 %s" % bench_sides.version(args.python_avx2,
+                                                                    "llama-cpp-python"))
     for flag, what in (("python_avx2", "llama.cpp for AVX2"), ("llama2c", "llama2.c"),
                        ("seven", "a folder for the 7B rows")):
         if not getattr(args, flag):
@@ -416,8 +196,9 @@ def say_where(args, sides):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--peers", action="store_true", help="print what pip has to install")
     parser.add_argument("--quick", action="store_true", help="small models, few runs")
-    parser.add_argument("--rows", nargs="+", default=[""], help="rows whose names begin so")
+    parser.add_argument("--rows", nargs="+", default=["*"], help="names or patterns")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--pairs", type=int, help="alternating runs of a row (default 7; quick 2)")
     parser.add_argument("--items", type=int, help="HellaSwag items for both sides (24; quick 4)")
@@ -426,19 +207,19 @@ def main():
     parser.add_argument("--llama2c", help="a checkout of llama2.c, or its run")
     parser.add_argument("--seven", metavar="FOLDER", help="run the 7B rows there (41 GB)")
     args = parser.parse_args()
+    if args.peers:
+        return print(*PEERS)
     args.pairs = args.pairs or (2 if args.quick else 7)
     args.items = args.items or (4 if args.quick else 24)
-    if not WAIT_POLICY:
-        os.environ.pop("OMP_WAIT_POLICY")
-    os.environ.setdefault("CFLAGS", "-std=gnu11 -O3 -fopenmp")
+    bench_files.as_users_do()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    sides = Sides(args)
+    sides = bench_sides.Sides(args)
     say_where(args, sides)
     show("row", "painters", "beside", target="least", more="notes")
-    print("|---|---|---|---|---|---|---")
+    print("|---|---|---|---|---|---|---|")
 
     def wanted(name):
-        return any(name.startswith(row) for row in args.rows)
+        return any(fnmatch.fnmatch(name, row) for row in args.rows)
     for line in ROWS.strip().splitlines():
         name, ours, our_command, other, other_command, target = map(str.strip, line.split("|"))
         if not wanted(name):
@@ -460,6 +241,7 @@ def main():
                             args.seven], check=True)
         else:
             show("seven", "not run", "give --seven")
+    return None
 
 
 if __name__ == "__main__":

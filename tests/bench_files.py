@@ -10,8 +10,16 @@ import os
 import random
 import struct
 
-import common
-import models
+WAIT_POLICY = os.environ.get("OMP_WAIT_POLICY")
+import common  # noqa: E402
+import models  # noqa: E402
+
+
+def as_users_do():
+    """An optimised build, and no OMP_WAIT_POLICY, which common.py sets for tests."""
+    os.environ.setdefault("CFLAGS", "-std=gnu11 -O3 -fopenmp")
+    if not WAIT_POLICY:
+        os.environ.pop("OMP_WAIT_POLICY", None)
 
 
 def _llama(*sizes, length=4096):
@@ -164,8 +172,8 @@ def words():
 
 
 def tokenizer(arch):
-    """(file name, bytes) of a vocabulary of 32,000 or 30,522 tokens: the real one, or a made one, in
-    which every word of made_words() grows letter by letter."""
+    """(file name, bytes) of a vocabulary of 32,000 or 30,522 tokens: the real one, or a made one,
+    in which words of made_words() grow letter by letter."""
     name = "tokenizer.model" if arch == "llama" else "vocab.txt"
     path = here("llama2" if arch == "llama" else "bert", name)
     if not path:

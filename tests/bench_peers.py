@@ -2,11 +2,12 @@
 
     PYTHON tests/bench_peers.py NAME ARGUMENT ...
 
-prints a line about itself when it is ready, then answers each line of stdin with the seconds it took.
+prints a line about itself when it is ready, then answers each line of stdin with seconds.
 """
 import json
 import os
 import random
+import re
 import sys
 import time
 
@@ -48,7 +49,8 @@ def llama_cpp(path, threads):
         for _ in range(int(n)):
             decode([rng.randrange(1000)])
         return start
-    return run
+    info = lib.llama_print_system_info().decode()
+    return run, "with " + " ".join(re.findall(r"(AVX2|AVX512|AMX_INT8|NEON|SVE) = 1", info))
 
 
 def transformers(folder, kind, threads):
@@ -81,6 +83,7 @@ def lm_eval(folder, kind, threads, items, out):
         found = [value for value, _ in model.loglikelihood(wanted, disable_tqdm=True)]
         with open(out, "w", encoding="utf-8") as f:
             json.dump([found[i:i + 4] for i in range(0, len(found), 4)], f)
+        return None, out
 
     def took(size):
         model.batch_size_per_gpu = size
@@ -124,10 +127,11 @@ def tokenizers(vocabulary):
 
 def main():
     """A function above gives one that runs a command's words, and maybe more about itself. That one
-    may return the time at which the work began, and a number that both sides must agree on."""
+    may return the time at which the work began (None: when it was called), and what both sides must
+    agree on."""
     made = globals()[sys.argv[1]](*sys.argv[2:])
     run, about = made if isinstance(made, tuple) else (made, "")
-    print("ready " + about, flush=True)
+    print("ready: " + about, flush=True)
     for line in sys.stdin:
         start = time.perf_counter()
         started = run(*line.split())

@@ -31,8 +31,8 @@ def processor_seconds(*words):
 
 
 def compare(layers, items, sweep):
-    """(number of schedules, seconds in one run, seconds in separate runs, the ratio that the count of
-    layer passes allows)."""
+    """(number of schedules, seconds in one run, seconds in separate runs, the ratio that the count
+    of layer passes allows)."""
     name = "deep%d" % layers
     models.MODELS[name] = models._llama(11, 128, 344, layers, 4, 2, 32, True, "F32", 10000.0, 1e-5)
     model, rng = common.model(name), random.Random(5)
