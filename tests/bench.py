@@ -13,8 +13,10 @@ says where). Sides take turns in one run; a figure is the median, +- half the di
 quartiles, and a ratio is the median of the ratios of neighbouring runs.
 """
 import argparse
+import array
 import fnmatch
 import json
+import math
 import os
 import platform
 import statistics
@@ -31,10 +33,10 @@ PEERS = ("llama-cpp-python==0.3.34", "torch==2.13.0", "transformers==5.23.0", "l
          "tokenizers==0.23.3", "sentencepiece==0.2.3")
 
 # A side is a function of class Sides in bench_sides.py and its arguments, a command is one that
-# bench_model.c answers ("=": the same). "base" are the fastest kernels but AMX's, which users get on
-# a CPU without it; with no name, those that the program chooses. "-": reported only.
+# bench_model.c answers ("=": the same). "base" are the fastest kernels but AMX's, which users get
+# on a CPU without it; with no name, those that the program chooses. "-": reported only.
 #
-# name              | our side          | command        | beside            | its command    | least
+# name              | our side          | command        | beside          | its command    | least
 ROWS = """
 prefill-f32         | passes f32 base   | prefill 512    | llama_cpp f32     | =              | 1.5
 prefill-f32-amx     | passes f32 amx    | prefill 512    | llama_cpp f32     | =              | 3
@@ -79,6 +81,7 @@ stories-threads     | program stories   | generate all   | program stories   | g
 tokenize-llama      | passes tiny-llama | tokenize {text} | tokenizers llama | =              | 1
 tokenize-bert       | passes tiny-bert  | tokenize {text} | tokenizers bert  | =              | 1
 """
+ERRORS = {"error-q8": "base", "error-q8-amx": "amx"}    # no larger than llama.cpp's
 SWEEPS = {"sweep-methods": bench_sweep.SWEEPS[0], "sweep-loops": bench_sweep.SWEEPS[1],
           "sweep-layers": bench_sweep.SWEEPS[2]}    # each at 22 and at 32 layers
 SWEEP_TARGET = 0.9                                  # of what the count of layer passes allows
@@ -157,6 +160,30 @@ def measure(sides, pairs, name, ours, our_command, other, other_command, target)
             side.close()
 
 
+def error(sides, name, kernels):
+    """How far the logits of one model in 8 bits are from those of the plain kernels: ours, and
+    llama.cpp's on the very same weights."""
+    found, path = [], os.path.join(common.scratch(), "logits")
+    for side in ("passes quick-q8 plain", "passes quick-q8 " + kernels, "llama_cpp quick-q8"):
+        function, *words = side.split()
+        try:
+            runner = getattr(sides, function)(*words)
+        except bench_sides.Missing as reason:
+            return show(name, "not run", "missing: %s" % reason, "", "1")
+        runner.ask("logits 64 " + path)
+        runner.close()
+        values = array.array("f")
+        with open(path, "rb") as f:
+            values.frombytes(f.read())
+        found.append(values)
+    right = found[0]
+    scale = math.sqrt(sum(b * b for b in right))
+    ours, theirs = (math.sqrt(sum((a - b) ** 2 for a, b in zip(one, right))) / scale
+                    for one in found[1:])
+    return show(name, "%.1e of rms" % ours, "llama_cpp q8: %.1e of rms" % theirs,
+                "%.1f" % (theirs / max(ours, 1e-9)), "1", "error of the last of 64 tokens' logits")
+
+
 def sweep(name, layers, items):
     schedules, whole, alone, allowed = bench_sweep.compare(layers, items, SWEEPS[name])
     show("%s-%d" % (name, layers), "%.1f s" % whole, "%d separate runs: %.1f s, %.2f x" % (
@@ -231,6 +258,9 @@ def main():
         measure(sides, args.pairs, name, ours, our_command.format(**fill), other,
                 other_command.format(**fill), target)
     sides.files.make_room()
+    for name, kernels in ERRORS.items():
+        if wanted(name):
+            error(sides, name, kernels)
     for name in SWEEPS:
         for layers in (22, 32):
             if wanted(name):

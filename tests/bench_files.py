@@ -12,6 +12,7 @@ import struct
 
 WAIT_POLICY = os.environ.get("OMP_WAIT_POLICY")
 import common  # noqa: E402
+import modelfile  # noqa: E402
 import models  # noqa: E402
 
 
@@ -45,6 +46,9 @@ GGUF_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "
               "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
               "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
               "model.layers": "blk"}
+OUR_NAMES = {"blk": "layers", "attn_q": "q", "attn_k": "k", "attn_v": "v", "attn_output": "o",
+             "ffn_gate": "gate", "ffn_up": "up", "ffn_down": "down", "token_embd": "embed",
+             "output_norm": "norm", "output": "head"}       # of GGUF's
 
 
 # Checkpoints --------------------------------------------------------------------------------------
@@ -105,9 +109,26 @@ def write_checkpoint(folder, shape_name, kind="f32"):
         out.write(data)
 
 
-def write_gguf(path, shape_name, kind):
-    """llama.cpp's file of the same shape, without a vocabulary."""
+def q8_blocks(name, tensor, shape):
+    """Our 8-bit weights as Q8_0's blocks, q and k in the order that llama.cpp's rotation wants."""
+    count = tensor.shape[0] * tensor.shape[1]
+    parts = [tensor.data[:count], tensor.data[-count // 16:]]
+    if name.endswith((".q", ".k")):
+        heads = shape["heads" if name.endswith("q") else "kv"]
+        parts = [models._interleave(part, heads, shape["head_dim"], 1) for part in parts]
+    weight, scale = parts
+    out = bytearray(count // 32 * 34)
+    out[0::34], out[1::34] = scale[0::2], scale[1::2]
+    for i in range(32):
+        out[2 + i::34] = weight[i::32]
+    return bytes(out)
+
+
+def write_gguf(path, shape_name, kind, source=None):
+    """llama.cpp's file of the same shape, without a vocabulary; with the weights of `source`, our
+    own 8-bit file, or random ones."""
     shape = SHAPES[shape_name]
+    ours = modelfile.read(source)["tensors"] if source else {}
 
     def text(s):
         return struct.pack("<Q", len(s)) + s.encode()
@@ -122,6 +143,7 @@ def write_gguf(path, shape_name, kind):
     meta += [text("llama." + key) + struct.pack("<II", 4, value) for key, value in keys.items()]
     _, number, width = TYPES[kind]
     rows, info, at, places = tensors(shape), b"", 0, []
+    block, ones = weights(kind), array.array("f", [1.0] * shape["dim"]).tobytes()
     for name, sizes in rows:
         for old, new in GGUF_NAMES.items():
             name = name.replace(old, new)
@@ -130,16 +152,19 @@ def write_gguf(path, shape_name, kind):
             count = sizes[0] * sizes[1] // 32 * 34
         info += text(name) + struct.pack("<I%dQIQ" % len(sizes), len(sizes), *reversed(sizes),
                                          number if len(sizes) > 1 else 0, at)
-        places.append((at, count, len(sizes) > 1))
+        own = ".".join(OUR_NAMES.get(part, part) for part in name.split(".")[:-1])
+        data = block if len(sizes) > 1 else ones
+        if ours:
+            data = ours[own].data if len(sizes) == 1 else q8_blocks(own, ours[own], shape)
+        places.append((at, count, data))
         at += -(-count // 32) * 32
     head = b"GGUF" + struct.pack("<IQQ", 3, len(rows), len(meta)) + b"".join(meta) + info
     head += bytes(-len(head) % 32)
-    block, ones = weights(kind), array.array("f", [1.0] * shape["dim"]).tobytes()
     with open(path, "wb") as out:
         out.write(head)
-        for place, count, matrix in places:
+        for place, count, data in places:
             out.write(bytes(len(head) + place - out.tell()))
-            fill(out, block if matrix else ones, count)
+            fill(out, data, count)
         out.write(bytes(-out.tell() % 32))
 
 

@@ -1,6 +1,7 @@
 // The program's passes at work for tests/bench.py: reads lines from stdin, answers each with seconds.
 //   prefill TOKENS               one sequence from nothing, and the logits of its last token
 //   decode STEPS SEQUENCES PAST  steps of all sequences behind PAST tokens each, with their logits
+//   logits TOKENS FILE           prefill of known tokens; writes the logits as float32
 //   encode SEQUENCES TOKENS      BERT's hidden states
 //   tokenize FILE                every line of it; the number of ids stands behind the seconds
 //   cc -O3 -fopenmp tests/bench_model.c -o bench_model -lm && ./bench_model MODEL [kernels]
@@ -38,6 +39,21 @@ static void tokenize(const Tokenizer *t, const char *path) {
     release(data);
 }
 
+static void write_logits(Session *s, const Schedule *schedule, int64_t n, const char *path) {
+    int64_t vocabulary = s->model->vocab_size, last = n - 1;
+    float *out = allocate(vocabulary, sizeof *out, "logits");
+    session_reset(s, 0);
+    sequence_new(s, -1, n, schedule_slots(s, schedule));
+    for (int64_t i = 0; i < n; i++) batch_add(s, 0, (int)(i * 37 % 1000), 0);
+    pass(s, schedule, &last, 1, out);
+    FILE *f = fopen(path, "wb");
+    if (!f || fwrite(out, sizeof *out, (size_t)vocabulary, f) != (size_t)vocabulary || fclose(f)) {
+        die("%s: cannot be written", path);
+    }
+    release(out);
+    printf("0\n");
+}
+
 int main(int argc, char **argv) {
     if (argc < 2) die("a model file, please");
     if (argc > 2) options.kernels = argv[2];
@@ -54,6 +70,10 @@ int main(int argc, char **argv) {
             continue;
         }
         long long a = 0, b = 1, c = 0;
+        if (sscanf(line, "logits %lld %179s", &a, path) == 2) {
+            write_logits(s, &schedule, a, path);
+            continue;
+        }
         if (sscanf(line, "%19s %lld %lld %lld", what, &a, &b, &c) < 2) die("what is: %s", line);
         float *out = allocate(b * m->vocab_size, sizeof *out, "logits");
         int64_t *rows = allocate(b, sizeof *rows, "rows");

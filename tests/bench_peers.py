@@ -4,6 +4,7 @@
 
 prints a line about itself when it is ready, then answers each line of stdin with seconds.
 """
+import array
 import json
 import os
 import random
@@ -13,7 +14,7 @@ import time
 
 
 def llama_cpp(path, threads):
-    """prefill TOKENS; decode STEPS 1 PAST: as tests/bench_model.c has them."""
+    """prefill TOKENS; decode STEPS 1 PAST; logits TOKENS FILE: as tests/bench_model.c has them."""
     import llama_cpp as lib
     silence = lib.llama_log_callback(lambda *_: None)
     lib.llama_log_set(silence, None)
@@ -39,9 +40,15 @@ def llama_cpp(path, threads):
             raise SystemExit("llama_decode failed")
         lib.llama_get_logits(context)[0]
 
-    def run(what, n, _=1, past=0, _silence=silence):   # which must not be collected
+    def run(what, n, path="", past=0, _silence=silence):   # which must not be collected
         rng = random.Random(3)
         clear()
+        if what == "logits":
+            decode([i * 37 % 1000 for i in range(int(n))])
+            count = lib.llama_n_vocab(lib.llama_model_get_vocab(model))
+            with open(path, "wb") as f:
+                array.array("f", lib.llama_get_logits_ith(context, -1)[:count]).tofile(f)
+            return None
         if what == "prefill":
             return decode([rng.randrange(1000) for _ in range(int(n))])
         decode([rng.randrange(1000) for _ in range(max(int(past), 1))])

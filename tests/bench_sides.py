@@ -40,14 +40,16 @@ class Files:
                 shutil.rmtree(path)
 
     def hf(self, what, path):
-        shape = what.replace("-", " ") if "tiny" in what else self.quick + (
-            "bert" if what == "bert" else "llama")
+        shape = self.quick + ("bert" if what == "bert" else "llama")
+        if what in ("tiny-llama", "tiny-bert", "quick-llama"):
+            shape = what.replace("-", " ")
         bench_files.write_checkpoint(path, shape, what if what in bench_files.TYPES else "f32")
 
     def bin(self, what, path):
-        if what == "q8":
-            subprocess.run([common.painters(), self.get("bf16", "bin"), "--quantize", path,
-                            "--quiet"], check=True, stdout=subprocess.DEVNULL)
+        if what in ("q8", "quick-q8"):
+            source = self.get("bf16" if what == "q8" else "quick-llama", "bin")
+            subprocess.run([common.painters(), source, "--quantize", path, "--quiet"], check=True,
+                           stdout=subprocess.DEVNULL)
         elif what == "stories":
             checkpoint, tokenizer = bench_files.write_stories(common.scratch())
             common.export(checkpoint, "--tokenizer", tokenizer, out=path)
@@ -56,7 +58,10 @@ class Files:
             shutil.rmtree(self.get(what, "hf"))     # made again for a peer that reads it
 
     def gguf(self, what, path):
-        bench_files.write_gguf(path, self.quick + "llama", what)
+        if what == "quick-q8":      # the very weights of our file
+            bench_files.write_gguf(path, "quick llama", "q8", self.get(what, "bin"))
+        else:
+            bench_files.write_gguf(path, self.quick + "llama", what)
 
     def jsonl(self, _, path):
         bench_files.write_items(path)
