@@ -1,4 +1,4 @@
-// The program's passes at work for tests/bench.py: reads lines from stdin, answers each with seconds.
+// The program's passes at work for tests/bench.py: answers each line of stdin with seconds.
 //   prefill TOKENS               one sequence from nothing, and the logits of its last token
 //   decode STEPS SEQUENCES PAST  steps of all sequences behind PAST tokens each, with their logits
 //   logits TOKENS FILE           prefill of known tokens; writes the logits as float32

@@ -3,8 +3,9 @@
     python3 tests/bench_seven.py FOLDER [--keep]       needs 41 GB there; standard library only
 
 Prints the time of the export beside that of `cp` (alternating), the memory both take, then what
-painters needs to load it, to generate, to score items as long as HellaSwag's and to sweep them:
-seconds, tokens per second, resident and anonymous memory. Nothing is asserted; README.md quotes it.
+painters needs to load it, to generate, to score items as long as HellaSwag's, to sweep them and to
+go on with 8-bit weights: seconds, tokens per second, resident and anonymous memory. Nothing is
+asserted; README.md quotes it.
 """
 import argparse
 import os
@@ -37,7 +38,8 @@ def write_tasks(folder):
 
 def measure(command):
     """(seconds, peak resident MB, peak anonymous MB, stderr) of a command."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               text=True)
     peak, start, said = [0, 0], time.time(), []
     reader = threading.Thread(target=lambda: said.append(process.stderr.read()))
     reader.start()
@@ -95,6 +97,10 @@ def main():
         "an item", scored[0] / ITEMS))
     report("1 item, sweep of skip",
            measure([program, model, "--eval", task, "--sweep", "skip", "--limit", "1"]))
+    eight = os.path.join(args.folder, "seven-q8.bin")
+    report("--quantize", measure([program, model, "--quantize", eight]))
+    report("8 bits: 1 in, 16 out", measure([program, eight, "--prompt", "b", "--tokens", "16"]))
+    os.remove(eight)
     if not args.keep:
         shutil.rmtree(source)
         os.remove(model)

@@ -3,8 +3,8 @@
     python3 tests/bench_sweep.py [--layers 22 32] [--items 40] [--sweeps LIST ...]
 
 Makes a random Llama of each depth (dim 128) and a multiple-choice task of English-like words, runs
-every sweep in one run and every schedule of it in a run of its own, one thread, and prints the ratio
-of processor times (user + system) and the program's own count of layer passes.
+every sweep in one run and every schedule of it in a run of its own, one thread, and prints the
+ratio of processor times (user + system) and the program's own count of layer passes.
 """
 import argparse
 import os
