@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -239,6 +240,7 @@ def main():
     args.pairs = args.pairs or (2 if args.quick else 7)
     args.items = args.items or (4 if args.quick else 24)
     bench_files.as_users_do()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))       # large files are removed
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     sides = bench_sides.Sides(args)
     say_where(args, sides)
