@@ -2,7 +2,9 @@
 # make test     build and run the tests: a C compiler and Python 3's standard library are enough
 # make demo     the paper in two minutes, on the small models of tests/small
 # make paper    all of it, about an hour on two cores; stop and go on as you like
-# make bench    speed beside llama.cpp and transformers: make bench PEERS=a python that has them
+# make bench    speed beside llama.cpp, transformers, lm-evaluation-harness, tokenizers, llama2.c:
+#               PEERS=a python that has them (default: what make peers installs in .venv),
+#               LLAMA2C=a checkout, BENCH="--quick --rows stories 'prefill-*'"
 # make debug    ./painters-debug with address and undefined-behaviour sanitizers
 # CC, CFLAGS and OPENMP are respected: make CC=clang CFLAGS=-O2 OPENMP=
 
@@ -38,10 +40,25 @@ debug: painters-debug
 test: painters
 	CC='$(CC)' $(PYTHON) tests
 
-PEERS ?= $(PYTHON)
+# Peers of the benchmark from PyPI, in .venv; and llama.cpp once more, as on a CPU without AVX-512.
+CPU_TORCH = --extra-index-url https://download.pytorch.org/whl/cpu
+AVX2 = -DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON
+
+peers:
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install $(CPU_TORCH) $$($(PYTHON) tests/bench.py --peers)
+	$(PYTHON) -m venv .venv/avx2
+	CMAKE_ARGS='$(AVX2)' .venv/avx2/bin/pip install --no-cache-dir --no-binary llama-cpp-python \
+		$$($(PYTHON) tests/bench.py --peers | tr ' ' '\n' | grep llama)
+
+PEERS ?= $(firstword $(wildcard .venv/bin/python) $(PYTHON))
+PEERS_AVX2 ?= $(wildcard .venv/avx2/bin/python)
+LLAMA2C ?=
+BENCH ?=
 
 bench:
-	CC='$(CC)' $(PYTHON) tests/bench.py --python $(PEERS)
+	CC='$(CC)' $(PYTHON) tests/bench.py --python $(PEERS) $(addprefix --python-avx2 ,$(PEERS_AVX2)) \
+		$(addprefix --llama2c ,$(LLAMA2C)) $(BENCH)
 
 # The small models and their tasks (tests/train.py made them).
 SMALL = tests/small
@@ -88,4 +105,4 @@ paper: painters
 clean:
 	rm -rf painters painters-debug painters-valgrind demo paper
 
-.PHONY: debug test bench demo paper clean
+.PHONY: debug test peers bench demo paper clean

@@ -1,296 +1,195 @@
-"""Speed beside what people would otherwise run on the same CPU: `make bench`.
+"""Speed beside what people would otherwise run on the same CPU: `make peers`, then `make bench`.
 
-    python3 tests/bench.py [--quick] [--threads N] [--pairs N] [--python PYTHON]
+    python3 tests/bench.py [--quick] [--rows NAME ...] [--python PYTHON] [--python-avx2 PYTHON]
+                           [--llama2c PATH] [--seven FOLDER] [--threads N] [--pairs N] [--items N]
 
-PYTHON is one that has the peers (torch, transformers, llama-cpp-python: `pip install` them into a
-virtual environment; llama-cpp-python compiles for the machine it is on). A peer that is missing is
-named. The models have random weights, of TinyLlama-1.1B's and BERT-Large's shape (--quick: small
-ones), and are made here, 5 GB at a time. Every figure is the median over alternating runs, +- half
-the distance of the quartiles; a ratio is the median of the ratios of neighbouring runs.
+--python has the packages of PEERS; llama-cpp-python compiles for the machine it is on, and the one
+of --python-avx2 is told to do without AVX-512 (the Makefile says how). --llama2c is a checkout of
+llama2.c or its `run`, --seven a folder where 41 GB fit, for the 7B rows. What is missing is named.
+--rows takes names of the tables below, or patterns such as 'prefill-*'; --quick makes models small
+and runs few.
+The models have random weights of the real shapes and are made here, up to 9 GB at a time (TMPDIR
+says where). Sides take turns in one run; a figure is the median, +- half the distance of the
+quartiles, and a ratio is the median of the ratios of neighbouring runs.
 """
 import argparse
 import array
+import fnmatch
+import json
+import math
 import os
 import platform
-import random
+import signal
 import statistics
-import struct
 import subprocess
 import sys
 import time
-import zlib
 
-LLAMA = dict(dim=2048, hidden=5632, layers=22, heads=32, kv=4, vocab=32000, length=4096)
-BERT = dict(dim=1024, hidden=4096, layers=24, heads=16, kv=16, vocab=30522, length=512)
-QUICK = dict(LLAMA, dim=512, hidden=1408, layers=4, heads=8, kv=2, vocab=4000)
-QUICK_BERT = dict(BERT, dim=256, hidden=1024, layers=4, heads=4, kv=4, vocab=3000)
-TYPES = {"f32": (0, 0, 4), "f16": (1, 1, 2), "bf16": (2, 30, 2)}     # our number, GGUF's, bytes
-NOT_HERE = ["rows with AMX or AVX-512: this program has no kernels for them",
-            "HellaSwag items beside lm-evaluation-harness: not in this benchmark",
-            "tokenizing 10 MB beside Hugging Face tokenizers: not in this benchmark"]
+import bench_files
+import bench_sides
+import bench_sweep
+import common
 
+PEERS = ("llama-cpp-python==0.3.34", "torch==2.13.0", "transformers==5.23.0", "lm-eval==0.4.13",
+         "tokenizers==0.23.3", "sentencepiece==0.2.3")
 
-# Model files: the program's own, and GGUF ---------------------------------------------------------
-
-def weights(kind):
-    """About a megabyte of random weights, as stored; tensors repeat it."""
-    rng = random.Random(1)
-    values = [rng.gauss(0, 0.02) for _ in range(250007)]
-    if kind == "f32":
-        return array.array("f", values).tobytes()
-    if kind == "f16":
-        return struct.pack("<%de" % len(values), *values)
-    if kind == "q8_0":
-        return b"".join(struct.pack("<e", 1e-4) + rng.randbytes(32) for _ in range(7919))
-    return b"".join(struct.pack("<f", v)[2:] for v in values)
-
-
-def fill(out, block, count):
-    while count:
-        count -= out.write(block[:min(count, len(block))])
-
-
-def tensors(size, bert):
-    """[(our name, GGUF's, rows, columns; 0 rows: a vector)]"""
-    d, h, head = size["dim"], size["hidden"], size["dim"] // size["heads"]
-    found, kv = [("embed", "token_embd", size["vocab"], d)], head * size["kv"]
-    layer = [("attn_norm", "attn_norm", 0, d), ("q", "attn_q", d, d), ("k", "attn_k", kv, d),
-             ("v", "attn_v", kv, d), ("o", "attn_output", d, d), ("ffn_norm", "ffn_norm", 0, d),
-             ("gate", "ffn_gate", h, d), ("up", "ffn_up", h, d), ("down", "ffn_down", d, h)]
-    if bert:
-        found += [("positions", "", size["length"], d), ("segments", "", 2, d),
-                  ("embed_norm", "", 0, d), ("embed_norm_bias", "", 0, d)]
-        layer = [row for row in layer if row[0] != "gate"]
-        layer += [(name + "_bias", "", 0, row or cols) for name, _, row, cols in layer]
-    for i in range(size["layers"]):
-        found += [("layers.%d.%s" % (i, a), "blk.%d.%s" % (i, b), *rest) for a, b, *rest in layer]
-    return found if bert else found + [("norm", "output_norm", 0, d), ("head", "output",
-                                                                      size["vocab"], d)]
-
-
-def write_model(path, size, kind, bert=False):
-    rows = tensors(size, bert)
-    number, _, width = TYPES[kind]
-    header_bytes = -(-(192 + 96 * len(rows)) // 64) * 64
-    table, end, places = b"", header_bytes, []
-    for name, _, n, cols in rows:
-        count = max(n, 1) * cols * (width if n else 4)
-        table += struct.pack("<56sIIQQQQ", name.encode(), number if n else 0, 2 if n else 1,
-                             max(n, 1), cols, end, count)
-        places.append((end, count, n))
-        end += -(-count // 64) * 64
-
-    def head(crc):
-        return struct.pack("<8sIIQQIIQQQ9I2fI5i3IQQ32x", b"PAINTERS", 1, 1 + bert, end,
-                           header_bytes, crc, len(rows), 192, 192 + 96 * len(rows), 0, size["dim"],
-                           size["hidden"], size["layers"], size["heads"], size["kv"],
-                           size["vocab"], size["length"], 2 * bert, 0 if bert else 1,
-                           10000.0, 1e-5, 0, -1, -1, -1, -1, -1, 0, size["dim"] // size["heads"],
-                           0, 192 + 96 * len(rows), 0)
-    table = table.ljust(header_bytes - 192, b"\0")
-    block, ones = weights(kind), array.array("f", [1.0] * max(size["hidden"], size["dim"])).tobytes()
-    with open(path, "wb") as out:
-        out.write(head(zlib.crc32(head(0) + table)) + table)
-        for at, count, n in places:
-            out.write(bytes(at - out.tell()))
-            fill(out, block if n else ones, count)
-        out.write(bytes(end - out.tell()))
-
-
-def write_gguf(path, size, kind):
-    def text(s):
-        return struct.pack("<Q", len(s)) + s.encode()
-
-    keys = dict(context_length=size["length"], embedding_length=size["dim"],
-                block_count=size["layers"], feed_forward_length=size["hidden"],
-                vocab_size=size["vocab"])
-    keys["rope.dimension_count"] = size["dim"] // size["heads"]
-    keys["attention.head_count"], keys["attention.head_count_kv"] = size["heads"], size["kv"]
-    meta = [text("general.architecture") + struct.pack("<I", 8) + text("llama"),
-            text("tokenizer.ggml.model") + struct.pack("<I", 8) + text("no_vocab"),
-            text("llama.attention.layer_norm_rms_epsilon") + struct.pack("<If", 6, 1e-5)]
-    meta += [text("llama." + key) + struct.pack("<II", 4, value) for key, value in keys.items()]
-    rows = tensors(size, False)
-    number, info, at, places = {"q8_0": 8}.get(kind) or TYPES[kind][1], b"", 0, []
-    for _, name, n, cols in rows:
-        count = max(n, 1) * cols * 34 // 32 if n and kind == "q8_0" else max(n, 1) * cols * (
-            TYPES[kind][2] if n else 4)
-        shape = (cols, n) if n else (cols,)
-        info += text(name + ".weight") + struct.pack("<I%dQIQ" % len(shape), len(shape), *shape,
-                                                     number if n else 0, at)
-        places.append((at, count, n))
-        at += -(-count // 32) * 32
-    head = b"GGUF" + struct.pack("<IQQ", 3, len(rows), len(meta)) + b"".join(meta) + info
-    head += bytes(-len(head) % 32)
-    block, ones = weights(kind), array.array("f", [1.0] * size["dim"]).tobytes()
-    with open(path, "wb") as out:
-        out.write(head)
-        for place, count, n in places:
-            out.write(bytes(len(head) + place - out.tell()))
-            fill(out, block if n else ones, count)
-        out.write(bytes(-out.tell() % 32))
-
-
-# Peers: this file again, run by PYTHON, answers lines with seconds -------------------------------
-
-def serve(prepare):
-    """prepare() gives (a line about the peer, a function of a command's words)."""
-    about, run = prepare()
-    print(about, flush=True)
-    for line in sys.stdin:
-        words = line.split()
-        start = time.perf_counter()
-        started = run(words[0], *map(int, words[1:]))
-        print(time.perf_counter() - (started or start), flush=True)
-
-
-def llama_cpp_peer(path, threads):
-    import llama_cpp as lib
-    silence = lib.llama_log_callback(lambda *_: None)
-    lib.llama_log_set(silence, None)
-    lib.llama_backend_init()
-    model_options, options = lib.llama_model_default_params(), lib.llama_context_default_params()
-    model = lib.llama_load_model_from_file(path.encode(), model_options)
-    options.n_ctx, options.n_batch, options.n_ubatch = 4096, 2048, 512
-    options.n_threads = options.n_threads_batch = threads
-    make = getattr(lib, "llama_init_from_model", None) or lib.llama_new_context_with_model
-    context = make(model, options)
-    if not model or not context:
-        raise SystemExit("llama.cpp does not load " + path)
-
-    def clear():
-        if hasattr(lib, "llama_memory_clear"):
-            lib.llama_memory_clear(lib.llama_get_memory(context), True)
-        else:
-            (getattr(lib, "llama_kv_self_clear", None) or lib.llama_kv_cache_clear)(context)
-
-    def decode(ids):
-        tokens = (lib.llama_token * len(ids))(*ids)
-        if lib.llama_decode(context, lib.llama_batch_get_one(tokens, len(ids))):
-            raise SystemExit("llama_decode failed")
-        lib.llama_get_logits(context)[0]
-
-    def run(what, n, _=1, past=0, _silence=silence):   # which must not be collected
-        rng = random.Random(3)
-        clear()
-        if what == "prefill":
-            decode([rng.randrange(1000) for _ in range(n)])
-            return None
-        decode([rng.randrange(1000) for _ in range(max(past, 1))])
-        start = time.perf_counter()
-        for _ in range(n):
-            decode([rng.randrange(1000)])
-        return start
-    return "llama.cpp (llama-cpp-python %s)" % lib.__version__, run
-
-
-def transformers_peer(size, kind, threads):
-    import torch
-    import transformers
-    torch.set_num_threads(threads)
-    config = transformers.BertConfig(
-        hidden_size=size["dim"], intermediate_size=size["hidden"], vocab_size=size["vocab"],
-        num_hidden_layers=size["layers"], num_attention_heads=size["heads"])
-    model = transformers.BertModel(config).eval().to(getattr(torch, kind))
-
-    @torch.inference_mode()
-    def run(_, sequences, tokens):
-        model(torch.randint(0, 1000, (sequences, tokens)))
-    return "transformers %s, torch %s" % (transformers.__version__, torch.__version__), run
-
-
-class Runner:
-    """A process that answers commands with seconds."""
-
-    def __init__(self, *command):
-        self.process = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, text=True,
-                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        self.about = self.process.stdout.readline().strip()
-
-    def ask(self, command):
-        self.process.stdin.write(command + "\n")
-        self.process.stdin.flush()
-        return float(self.process.stdout.readline())
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
+# A side is a function of class Sides in bench_sides.py and its arguments, a command is one that
+# bench_model.c answers ("=": the same). "base" are the fastest kernels but AMX's, which users get
+# on a CPU without it; with no name, those that the program chooses. "-": reported only.
+#
+# name              | our side          | command        | beside          | its command    | least
+ROWS = """
+prefill-f32         | passes f32 base   | prefill 512    | llama_cpp f32     | =              | 1.5
+prefill-f32-amx     | passes f32 amx    | prefill 512    | llama_cpp f32     | =              | 3
+long-f32            | passes f32 base   | prefill 2048   | passes f32 base   | prefill 512    | 0.85
+long-f32-amx        | passes f32 amx    | prefill 2048   | passes f32 amx    | prefill 512    | 0.65
+decode-f32          | passes f32        | decode 16 1 16 | llama_cpp f32     | =              | 1
+decode32-f32        | passes f32 base   | decode 4 32 16 | passes f32 base   | decode 16 1 16 | 12
+decode32-f32-amx    | passes f32 amx    | decode 4 32 16 | passes f32 amx    | decode 16 1 16 | 12
+prefill-f16         | passes f16 base   | prefill 512    | llama_cpp f16     | =              | 1.5
+prefill-f16-amx     | passes f16 amx    | prefill 512    | llama_cpp f16     | =              | 3
+long-f16            | passes f16 base   | prefill 2048   | passes f16 base   | prefill 512    | 0.85
+long-f16-amx        | passes f16 amx    | prefill 2048   | passes f16 amx    | prefill 512    | 0.65
+decode-f16          | passes f16        | decode 16 1 16 | llama_cpp f16     | =              | 1
+decode32-f16        | passes f16 base   | decode 4 32 16 | passes f16 base   | decode 16 1 16 | 8
+decode32-f16-amx    | passes f16 amx    | decode 4 32 16 | passes f16 amx    | decode 16 1 16 | 12
+prefill-bf16        | passes bf16 base  | prefill 512    | llama_cpp bf16    | =              | 1.5
+prefill-bf16-amx    | passes bf16 amx   | prefill 512    | llama_cpp bf16    | =              | 4
+prefill-bf16-avx2   | passes bf16 avx2  | prefill 512    | llama_cpp bf16 avx2 | =            | 1.2
+long-bf16           | passes bf16 base  | prefill 2048   | passes bf16 base  | prefill 512    | 0.85
+long-bf16-amx       | passes bf16 amx   | prefill 2048   | passes bf16 amx   | prefill 512    | 0.65
+decode-bf16         | passes bf16       | decode 16 1 16 | llama_cpp bf16    | =              | 1
+decode32-bf16       | passes bf16 base  | decode 4 32 16 | passes bf16 base  | decode 16 1 16 | 8
+decode32-bf16-amx   | passes bf16 amx   | decode 4 32 16 | passes bf16 amx   | decode 16 1 16 | 12
+hellaswag           | program bf16 base | score {items}  | lm_eval float32   | =              | 2
+hellaswag-half      | program bf16 base | score {items}  | lm_eval bfloat16  | =              | -
+hellaswag-amx       | program bf16 amx  | score {items}  | lm_eval float32   | =              | 6
+hellaswag-half-amx  | program bf16 amx  | score {items}  | lm_eval bfloat16  | =              | 1.5
+hellaswag-all       | program bf16      | score {all}    | -                 | -              | -
+prefill-q8          | passes q8 base    | prefill 512    | llama_cpp q8      | =              | -
+prefill-q8-amx      | passes q8 amx     | prefill 512    | llama_cpp q8      | =              | 2
+long-q8             | passes q8 base    | prefill 2048   | passes q8 base    | prefill 512    | 0.85
+long-q8-amx         | passes q8 amx     | prefill 2048   | passes q8 amx     | prefill 512    | 0.65
+decode-q8           | passes q8         | decode 16 1 16 | llama_cpp q8      | =              | 1
+decode32-q8         | passes q8 base    | decode 4 32 16 | passes q8 base    | decode 16 1 16 | -
+decode32-q8-amx     | passes q8 amx     | decode 4 32 16 | passes q8 amx     | decode 16 1 16 | -
+bert                | passes bert base  | encode 8 128   | transformers float32  | =          | 1.1
+bert-half           | passes bert base  | encode 8 128   | transformers bfloat16 | =          | -
+bert-amx            | passes bert amx   | encode 8 128   | transformers float32  | =          | 2
+bert-half-amx       | passes bert amx   | encode 8 128   | transformers bfloat16 | =          | -
+stories             | program stories   | generate all   | llama2c           | generate best  | 1
+stories-threads     | program stories   | generate all   | program stories   | generate one   | 1
+tokenize-llama      | passes tiny-llama | tokenize {text} | tokenizers llama | =              | 1
+tokenize-bert       | passes tiny-bert  | tokenize {text} | tokenizers bert  | =              | 1
+"""
+ERRORS = {"error-q8": "base", "error-q8-amx": "amx"}    # no larger than llama.cpp's
+SWEEPS = {"sweep-methods": bench_sweep.SWEEPS[0], "sweep-loops": bench_sweep.SWEEPS[1],
+          "sweep-layers": bench_sweep.SWEEPS[2]}    # each at 22 and at 32 layers
+SWEEP_TARGET = 0.9                                  # of what the count of layer passes allows
 
 
 # The table ----------------------------------------------------------------------------------------
 
+def work(command):
+    """How much a command does: (number, unit)."""
+    what, *words = command.split()
+    if what == "tokenize":
+        return os.path.getsize(words[0]) / 1e6, "MB/s"
+    if what == "score":
+        return int(words[0]), "items/s"
+    if what == "generate":
+        return 1, "tokens/s"
+    return int(words[0]) * (int(words[1]) if what != "prefill" else 1), "tokens/s"
+
+
 def spread(values):
     low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-    return "%9.2f +- %-7.2f" % (statistics.median(values), (high - low) / 2)
+    return "%.2f +- %.2f" % (statistics.median(values), (high - low) / 2)
 
 
-def row(name, target, ours, our_command, peer, peer_command, count, pairs):
-    """Alternating pairs of runs that work on `count` tokens each; one line of the table."""
-    runners = [(ours, our_command)] + ([(peer, peer_command)] if peer else [])
-    times = [[] for _ in runners]
-    for runner, command in runners:
-        runner.ask(command)                                 # memory is touched, threads are awake
-    for i in range(pairs):
-        for j in sorted(range(len(runners)), reverse=i % 2):
-            times[j].append(runners[j][0].ask(runners[j][1]))
-    rates = [[count / t for t in column] for column in times]
-    line = "%-34s %s" % (name, spread(rates[0]))
-    if peer:
-        ratio = statistics.median(b / a for a, b in zip(*times))
-        line += "  %s  %5.2f x  (%s)" % (spread(rates[1]), ratio, target)
-    print(line, flush=True)
-    return statistics.median(rates[0])
+def agreement(ours, theirs):
+    """What both sides must agree on, in words: log-likelihoods, or a number of ids."""
+    if not theirs or not ours:
+        return ""
+    if isinstance(ours, str):
+        return "as many ids" if ours == theirs else "%s ids, there %s" % (ours, theirs)
+    with open(theirs, encoding="utf-8") as f:
+        pairs = [(float(a), b) for line, items in zip(ours, json.load(f))
+                 for a, b in zip(line.split(), items)]
+    return "%d log-likelihoods, mean %.1f, differ by at most %.2g" % (
+        len(pairs), statistics.mean(a for a, _ in pairs), max(abs(a - b) for a, b in pairs))
 
 
-def llama_rows(args, folder, tools):
-    size = QUICK if args.quick else LLAMA
-    for kind in ("f32", "f16", "bf16", "q8"):
-        path, gguf = os.path.join(folder, "bench.bin"), os.path.join(folder, "bench.gguf")
-        write_model(path, size, "bf16" if kind == "q8" else kind)
-        if kind == "q8":
-            subprocess.run([tools["painters"], path, "--quantize", path, "--quiet"], check=True,
-                           stdout=subprocess.DEVNULL)
-        peer = None
-        if tools["llama_cpp"]:
-            write_gguf(gguf, size, "q8_0" if kind == "q8" else kind)
-            peer = Runner(args.python, __file__, "--serve", "llama_cpp", gguf, args.threads)
-            if not peer.about:
-                print("llama.cpp does not load its model; its column stays empty")
-                peer.close()
-                peer = None
-        ours = Runner(tools["bench_model"], path)
-        target = {"f32": "1.5", "bf16": "1.2", "f16": "1.2", "q8": "-"}[kind]
-        at_512 = row("prefill 512, " + kind, target, ours, "prefill 512", peer, "prefill 512", 512,
-                     args.pairs)
-        at_2048 = row("prefill 2048, " + kind, "-", ours, "prefill 2048", None, "", 2048,
-                      max(1, args.pairs // 3))
-        print("%-34s %9.2f of its rate at 512 (0.85)" % ("", at_2048 / at_512))
-        one = row("decode 1, " + kind, "1", ours, "decode 16 1 16", peer, "decode 16 1 16", 16,
-                  args.pairs)
-        many = row("decode 32, " + kind, "-", ours, "decode 4 32 16", None, "", 128,
-                   max(1, args.pairs // 3))
-        print("%-34s %9.2f x one sequence (f32 12, 16-bit 8)" % ("", many / one))
-        for runner in [ours] + ([peer] if peer else []):
-            runner.close()
-        for leftover in (path, gguf):
-            if os.path.exists(leftover):
-                os.remove(leftover)
+def show(name, ours, theirs, ratio="", target="-", more=""):
+    verdict = "" if not ratio or target == "-" else (
+        "met" if float(ratio.split()[0]) >= float(target) else "missed")
+    print("| %-18s | %-26s | %-40s | %-16s | %5s | %-6s | %s |" % (
+        name, ours, theirs, ratio, target, verdict, more), flush=True)
 
 
-def bert_rows(args, folder, tools):
-    size, path = QUICK_BERT if args.quick else BERT, os.path.join(folder, "bench.bin")
-    write_model(path, size, "f32", bert=True)
-    for kind, target in (("float32", "1.1"), ("bfloat16", "-")):
-        peer = None
-        if tools["transformers"]:
-            peer = Runner(args.python, __file__, "--serve", "transformers", kind, args.threads,
-                          *(["--quick"] if args.quick else []))
-        ours = Runner(tools["bench_model"], path)
-        row("BERT 8 x 128, f32; peer " + kind, target, ours, "encode 8 128", peer, "encode 8 128",
-            1024, args.pairs)
-        for runner in [ours] + ([peer] if peer else []):
-            runner.close()
-    os.remove(path)
+def measure(sides, pairs, name, ours, our_command, other, other_command, target):
+    """Alternating runs of both sides; one line of the table. Without the other side, ours alone."""
+    commands = [our_command, our_command if other_command == "=" else other_command]
+    running, missing = [], ""
+    try:
+        for side, command in zip((ours, other) if other != "-" else (ours,), commands):
+            function, *words = side.split()
+            try:
+                started = getattr(sides, function)(*words)
+                started.ask(command)                        # touches memory, wakes threads
+                running.append(started)
+            except bench_sides.Missing as reason:
+                missing = "missing: %s" % reason
+                if not running:
+                    return show(name, "not run", missing, "", target)
+        times = [[] for _ in running]
+        for i in range(pairs if other != "-" else 1):
+            for j in sorted(range(len(running)), reverse=i % 2):
+                times[j].append(running[j].ask(commands[j]))
+        works = [work(command)[0] for command in commands[:len(running)]]
+        figures = [spread([n / t for t in column]) for n, column in zip(works, times)]
+        figures[0] += " " + work(our_command)[1]
+        if len(running) < 2:
+            return show(name, figures[0], missing, "", target)
+        ratio = spread([b / a * works[0] / works[1] for a, b in zip(*times)])
+        about = [running[1].about, agreement(running[0].check, running[1].check)]
+        return show(name, figures[0], "%s: %s" % (
+            other if ours != other else other_command, figures[1]), ratio, target,
+                    ", ".join(filter(None, about)))
+    finally:
+        for side in running:
+            side.close()
+
+
+def error(sides, name, kernels):
+    """How far the logits of one model in 8 bits are from those of the plain kernels: ours, and
+    llama.cpp's on the very same weights."""
+    found, path = [], os.path.join(common.scratch(), "logits")
+    for side in ("passes quick-q8 plain", "passes quick-q8 " + kernels, "llama_cpp quick-q8"):
+        function, *words = side.split()
+        try:
+            runner = getattr(sides, function)(*words)
+        except bench_sides.Missing as reason:
+            return show(name, "not run", "missing: %s" % reason, "", "1")
+        runner.ask("logits 64 " + path)
+        runner.close()
+        values = array.array("f")
+        with open(path, "rb") as f:
+            values.frombytes(f.read())
+        found.append(values)
+    right = found[0]
+    scale = math.sqrt(sum(b * b for b in right))
+    ours, theirs = (math.sqrt(sum((a - b) ** 2 for a, b in zip(one, right))) / scale
+                    for one in found[1:])
+    return show(name, "%.1e of rms" % ours, "llama_cpp q8: %.1e of rms" % theirs,
+                "%.1f" % (theirs / max(ours, 1e-9)), "1", "error of the last of 64 tokens' logits")
+
+
+def sweep(name, layers, items):
+    schedules, whole, alone, allowed = bench_sweep.compare(layers, items, SWEEPS[name])
+    show("%s-%d" % (name, layers), "%.1f s" % whole, "%d separate runs: %.1f s, %.2f x" % (
+        schedules, alone, alone / whole), "%.2f of %.2f x" % (alone / whole / allowed, allowed),
+         str(SWEEP_TARGET))
 
 
 def machine():
@@ -302,43 +201,79 @@ def machine():
         return platform.processor() or platform.machine()
 
 
-def version(python, package):
-    code = "from importlib.metadata import version; print(version(%r))" % package
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+def say_where(args, sides):
+    """The machine and the versions."""
+    compiler = subprocess.run([os.environ.get("CC", "cc").split()[0], "--version"],
+                              capture_output=True, text=True, check=False).stdout.split("\n")[0]
+    print("%s; %d threads; kernels %s; %s; %s" % (machine(), args.threads, sides.fastest, compiler,
+                                                  time.strftime("%Y-%m-%d")))
+    for wanted in PEERS:
+        package, _, pinned = wanted.partition("==")
+        found = bench_sides.version(args.python, package)
+        other = "" if found.split("+")[0] == pinned else " (not %s)" % pinned
+        print("%s %s" % (package, found + other if found else
+                         "is missing: `make peers`, or give --python"))
+    if args.python_avx2:
+        print("llama-cpp-python for AVX2 %s" % bench_sides.version(args.python_avx2,
+                                                                    "llama-cpp-python"))
+    for flag, what in (("python_avx2", "llama.cpp for AVX2"), ("llama2c", "llama2.c"),
+                       ("seven", "a folder for the 7B rows")):
+        if not getattr(args, flag):
+            print("%s is missing: give --%s" % (what, flag.replace("_", "-")))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--peers", action="store_true", help="print what pip has to install")
     parser.add_argument("--quick", action="store_true", help="small models, few runs")
+    parser.add_argument("--rows", nargs="+", default=["*"], help="names or patterns")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--pairs", type=int, help="alternating runs of a row (default 11; quick 3)")
+    parser.add_argument("--pairs", type=int, help="alternating runs of a row (default 7; quick 2)")
+    parser.add_argument("--items", type=int, help="HellaSwag items for both sides (24; quick 4)")
     parser.add_argument("--python", default=sys.executable, help="one that has the peers")
-    parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--python-avx2", help="one that has llama.cpp built for AVX2")
+    parser.add_argument("--llama2c", help="a checkout of llama2.c, or its run")
+    parser.add_argument("--seven", metavar="FOLDER", help="run the 7B rows there (41 GB)")
     args = parser.parse_args()
-    if args.serve:
-        name, what, threads = args.serve
-        return serve(lambda: llama_cpp_peer(what, int(threads)) if name == "llama_cpp" else
-                     transformers_peer(QUICK_BERT if args.quick else BERT, what, int(threads)))
-    args.pairs = args.pairs or (3 if args.quick else 11)
-    os.environ.setdefault("CFLAGS", "-std=gnu11 -O3 -fopenmp")
+    if args.peers:
+        return print(*PEERS)
+    args.pairs = args.pairs or (2 if args.quick else 7)
+    args.items = args.items or (4 if args.quick else 24)
+    bench_files.as_users_do()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))       # large files are removed
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    import common
-    tools = {"painters": common.painters(), "bench_model": common.build("bench_model")}
-    print("%s; %d threads; %s" % (machine(), args.threads, time.strftime("%Y-%m-%d")))
-    for name, package in (("llama_cpp", "llama-cpp-python"), ("transformers", "transformers")):
-        tools[name] = version(args.python, package)
-        print("%s %s" % (package, tools[name] or "is missing: pip install it, or give --python"))
-    for missing in NOT_HERE:
-        print("not measured - " + missing)
-    print("%-34s %-20s  %-20s  ratio    (target)" % ("tokens per second", "painters", "peer"))
-    llama_rows(args, common.scratch(), tools)
-    bert_rows(args, common.scratch(), tools)
-    if not args.quick:
-        import bench_sweep
+    sides = bench_sides.Sides(args)
+    say_where(args, sides)
+    show("row", "painters", "beside", target="least", more="notes")
+    print("|---|---|---|---|---|---|---|")
+
+    def wanted(name):
+        return any(fnmatch.fnmatch(name, row) for row in args.rows)
+    for line in ROWS.strip().splitlines():
+        name, ours, our_command, other, other_command, target = map(str.strip, line.split("|"))
+        if not wanted(name):
+            continue
+        sides.files.make_room(ours.split()[1])
+        fill = {"items": args.items, "all": 8 if args.quick else 200}
+        if "{text}" in our_command:
+            fill["text"] = sides.files.get("text", "txt")
+        measure(sides, args.pairs, name, ours, our_command.format(**fill), other,
+                other_command.format(**fill), target)
+    sides.files.make_room()
+    for name, kernels in ERRORS.items():
+        if wanted(name):
+            error(sides, name, kernels)
+    for name in SWEEPS:
         for layers in (22, 32):
-            for sweep in bench_sweep.SWEEPS:
-                bench_sweep.compare(layers, 40, sweep)
+            if wanted(name):
+                sweep(name, layers, 2 if args.quick else 40)
+    if wanted("seven"):
+        if args.seven:
+            subprocess.run([sys.executable, os.path.join(common.TESTS, "bench_seven.py"),
+                            args.seven], check=True)
+        else:
+            show("seven", "not run", "give --seven")
+    return None
 
 
 if __name__ == "__main__":

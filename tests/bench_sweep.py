@@ -3,8 +3,8 @@
     python3 tests/bench_sweep.py [--layers 22 32] [--items 40] [--sweeps LIST ...]
 
 Makes a random Llama of each depth (dim 128) and a multiple-choice task of English-like words, runs
-every sweep in one run and every schedule of it in a run of its own, one thread, and prints the ratio
-of processor times (user + system) and the program's own count of layer passes.
+every sweep in one run and every schedule of it in a run of its own, one thread, and prints the
+ratio of processor times (user + system) and the program's own count of layer passes.
 """
 import argparse
 import os
@@ -31,7 +31,8 @@ def processor_seconds(*words):
 
 
 def compare(layers, items, sweep):
-    """One row of the table."""
+    """(number of schedules, seconds in one run, seconds in separate runs, the ratio that the count
+    of layer passes allows)."""
     name = "deep%d" % layers
     models.MODELS[name] = models._llama(11, 128, 344, layers, 4, 2, 32, True, "F32", 10000.0, 1e-5)
     model, rng = common.model(name), random.Random(5)
@@ -45,8 +46,7 @@ def compare(layers, items, sweep):
     keys = {line.split("\t")[1] for line in test_sweep.lines(out)}
     alone = sum(processor_seconds(model, "--eval", task, *test_sweep.own_flags(key))[0]
                 for key in keys)
-    print("%2d layers  %-48s %4d schedules  %6.1f s  %7.1f s  %5.2f x  of %5.2f x" % (
-        layers, sweep, len(keys), whole, alone, alone / whole, separate / run), flush=True)
+    return len(keys), whole, alone, separate / run
 
 
 def main():
@@ -61,7 +61,9 @@ def main():
     common.painters()                           # so that no compiler's time is counted
     for layers in args.layers:
         for sweep in args.sweeps:
-            compare(layers, args.items, sweep)
+            schedules, whole, alone, allowed = compare(layers, args.items, sweep)
+            print("%2d layers  %-48s %4d schedules  %6.1f s  %7.1f s  %5.2f x  of %5.2f x" % (
+                layers, sweep, schedules, whole, alone, alone / whole, allowed), flush=True)
 
 
 if __name__ == "__main__":
