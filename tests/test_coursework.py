@@ -1,5 +1,6 @@
 """The README's exercises: their checks work, and "an intervention in ten lines" is ten lines."""
 import os
+import re
 import subprocess
 import unittest
 
@@ -41,6 +42,41 @@ class Exercises(unittest.TestCase):
         many = subprocess.run([program, "--layers", "5", "--sweep", "rotate", "--show"], check=True,
                               capture_output=True, text=True).stdout
         self.assertEqual(many, "0 1 2 3 4\n0 2 3 4 1\n0 1 3 2 4\n")
+
+    def test_a_task(self):
+        """The README's task, with ten lines of one's own; a broken line is named."""
+        with open(os.path.join(common.ROOT, "README.md"), encoding="utf-8") as f:
+            shown = re.search(r"(?ms)^(#painters-task\t?[^\n]*name=capitals.*?)^```", f.read())
+        head = "#painters-task\t1\tname=capitals\tkind=choice\tmetrics=acc\tchance=0.5\n"
+        rows = shown.group(1).splitlines()[1:] if shown and "\t" in shown.group(1) else []
+        rows += ["%d\tThe capital of %s is\tParis\tRome" % (i % 2, "abcdefghij"[i]) for i in range(10)]
+        path = os.path.join(common.scratch(), "capitals.tsv")
+        with open(path, "w", encoding="utf-8") as f:
+            f.write(head + "".join(row + "\n" for row in rows))
+        table = common.run(LLAMA, "--eval", path).decode()
+        self.assertRegex(table, r"(?m)^capitals +acc .* %d " % len(rows))
+        with open(path, "a", encoding="utf-8") as f:
+            f.write("x\tThe capital of k is\tParis\tRome\n")
+        self.assertIn("capitals.tsv: line %d" % (len(rows) + 2),
+                      common.refused(LLAMA, "--eval", path))
+
+    def test_layers_that_can_go(self):
+        """Four of 12 layers leave at least 0.95 of the summary on three tasks."""
+        path = os.path.join(common.scratch(), "gone.txt")
+        with open(path, "w", encoding="utf-8") as f:
+            f.write(FEWER + "\n")
+        tasks = [os.path.join(common.TESTS, "small", name + ".tsv")
+                 for name in ("science", "pronoun", "sums")]
+        text = common.run(LLAMA, "--eval", *tasks, "--sweep", "path:" + path, "--quiet").decode()
+        self.assertEqual(len(FEWER.split()), 8)
+        self.assertGreaterEqual(summary_of(text), 0.95, text)
+
+    def test_adding_is_not_averaging(self):
+        """Changes of parallel layers that are added give other numbers; one layer, the same bits."""
+        with open(os.path.join(common.ROOT, "painters.c"), encoding="utf-8") as f:
+            source = f.read()
+        start = source.index("\n", source.index("run_step("))
+        self.assertIn("/", source[start:source.index("\n}\n", start)])
 
 
 if __name__ == "__main__":
