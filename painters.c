@@ -159,16 +159,16 @@ static char *copy_string(const char *s) {
     return strcpy(allocate((int64_t)strlen(s) + 1, 1, "text"), s);
 }
 
-// The whole of a file, with a NUL behind it; *bytes gets its length. "-" is stdin.
+// The whole of a file, with a NUL behind it; *bytes gets its length.
 static char *read_file(const char *path, int64_t *bytes) {
-    FILE *f = strcmp(path, "-") ? fopen(path, "rb") : stdin;
+    FILE *f = fopen(path, "rb");
     if (!f) die("%s: cannot be opened: %s; check the path", path, strerror(errno));
     Text t = {0};
     char part[65536];
     text_add(&t, "", 0);
     for (size_t n; (n = fread(part, 1, sizeof part, f)) > 0;) text_add(&t, part, (int64_t)n);
     if (ferror(f)) die("%s: cannot be read: %s; is it a file?", path, strerror(errno));
-    if (f != stdin) fclose(f);
+    fclose(f);
     *bytes = t.n;
     return t.s;
 }
@@ -184,18 +184,14 @@ static void close_written(FILE *f, const char *path) {
 static bool parse_int(const char *text, int64_t lo, int64_t hi, int64_t *out) {
     char *end;
     errno = 0;
-    long long v = strtoll(text, &end, 10);
-    bool starts = *text == '-' || (*text >= '0' && *text <= '9');
-    if (!starts || errno || *end || v < lo || v > hi) return false;
-    *out = v;
-    return true;
+    *out = strtoll(text, &end, 10);
+    return strspn(text, "-0123456789") && !*end && !errno && *out >= lo && *out <= hi;
 }
 
 static bool parse_double(const char *text, double *out) {
     char *end;
-    if (!*text || strspn(text, "+-.0123456789eEnainf") != strlen(text)) return false;
     *out = strtod(text, &end);
-    return end != text && !*end;
+    return strspn(text, "+-.0123456789eEnainf") == strlen(text) && end != text && !*end;
 }
 
 static double seconds(void) {
@@ -204,18 +200,16 @@ static double seconds(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-// One line of progress with an ETA, drawn over itself, when stderr is a terminal. done == total
-// ends the line.
+// One line of progress, drawn over itself, when stderr is a terminal. done == total ends the line.
 static void progress(const char *what, int64_t done, int64_t total, double started) {
     static double drawn;
-    double now = seconds(), spent = now - started, items = (double)(done ? done : 1);
+    double now = seconds(), spent = now - started;
     bool over = done >= total;
     if (quiet || !isatty(fileno(stderr)) || (!over && now - drawn < 0.2)) return;
     drawn = now;
-    int time = (int)(over ? spent : spent / items * (double)(total - done));
-    fprintf(stderr, "\r%s %lld/%lld  %.1f/s  %s %d:%02d:%02d \033[K%s", what, (long long)done,
-            (long long)total, (double)done / (spent + 1e-9), over ? "took" : "ETA", time / 3600,
-            time / 60 % 60, time % 60, over ? "\n" : "");
+    double left = spent / (double)(done ? done : 1) * (double)(total - done);
+    fprintf(stderr, "\r%s %lld/%lld  %s %.1f min \033[K%s", what, (long long)done,
+            (long long)total, over ? "took" : "ETA", (over ? spent : left) / 60, over ? "\n" : "");
 }
 
 // A weight matrix as it lies in the file: row-major, one row per output. 1-D tensors have one row.
@@ -227,6 +221,7 @@ typedef struct {
     int64_t rows, cols;
     const void *data;           // Q8: rows * cols int8
     const uint16_t *scale;      // Q8: [rows][ceil(cols / 32)] float16; weight = int8 * scale
+    const float *bias;          // [rows], of a norm [cols]: what BERT adds to the product, or NULL
 } Tensor;
 
 // ------------------------------------------------------------------------------------------------
@@ -259,17 +254,12 @@ static void schedule_add(Schedule *s, int layer, bool parallel) {
     s->first[s->n_steps] = s->n_slots;
 }
 
-// Python's random.Random(seed), as far as shuffle() needs it: MT19937 seeded with the 32-bit words
-// of |seed| (init_by_array of Matsumoto and Nishimura, mt19937ar 2002).
-typedef struct {
-    uint32_t word[624];
-    int at;
-} PythonRandom;
-
-static PythonRandom python_seed(int64_t seed) {
-    PythonRandom r = {{19650218u}, 0};
+// Python's random.Random(seed), as far as shuffle() needs it: MT19937 in w[624], seeded with the
+// 32-bit words of |seed| (init_by_array of Matsumoto and Nishimura, mt19937ar 2002).
+static void python_seed(uint32_t *w, int64_t seed) {
     uint64_t size = seed < 0 ? 0 - (uint64_t)seed : (uint64_t)seed;
-    uint32_t key[2] = {(uint32_t)size, (uint32_t)(size >> 32)}, *w = r.word;
+    uint32_t key[2] = {(uint32_t)size, (uint32_t)(size >> 32)};
+    w[0] = 19650218u;
     for (uint32_t k = 1; k < 624; k++) w[k] = 1812433253u * (w[k - 1] ^ w[k - 1] >> 30) + k;
     for (int k = 0; k < 624 + 623; k++) {       // round words 1 to 623 twice, from 1 to 1 and on
         int i = k % 623 + 1, j = key[1] ? k % 2 : 0;
@@ -278,15 +268,13 @@ static PythonRandom python_seed(int64_t seed) {
         else w[i] = (w[i] ^ mixed * 1566083941u) - (uint32_t)i;
     }
     w[0] = 0x80000000u;
-    return r;
 }
 
-static uint32_t python_word(PythonRandom *r) {
-    uint32_t *w = r->word;
-    int i = r->at, next = (i + 1) % 624;
-    uint32_t y = (w[i] & 0x80000000u) | (w[next] & 0x7fffffffu);
+// Its n-th number, 32 bits; n counts up from 0.
+static uint32_t python_word(uint32_t *w, int64_t n) {
+    int64_t i = n % 624;
+    uint32_t y = (w[i] & 0x80000000u) | (w[(i + 1) % 624] & 0x7fffffffu);
     y = w[i] = w[(i + 397) % 624] ^ y >> 1 ^ (y & 1 ? 0x9908b0dfu : 0);
-    r->at = next;
     y ^= y >> 11;
     y ^= y << 7 & 0x9d2c5680u;
     y ^= y << 15 & 0xefc60000u;
@@ -295,35 +283,36 @@ static uint32_t python_word(PythonRandom *r) {
 
 // The interventions. Each builder fills in the middle lo <= i < hi of the T = s->n_layers layers;
 // those before and behind stay in place. For drop and swap the middle is the layers they name.
-static void build_repeat(Schedule *s, int lo, int hi, int64_t argument) {
-    (void)argument;
+static void build_repeat(Schedule *s, int lo, int hi) {
     for (int i = lo; i < hi; i++) schedule_add(s, s->n_layers / 2, false);
 }
 
-static void build_reverse(Schedule *s, int lo, int hi, int64_t argument) {
-    (void)argument;
+static void build_reverse(Schedule *s, int lo, int hi) {
     for (int i = hi - 1; i >= lo; i--) schedule_add(s, i, false);
 }
 
-// random.shuffle: Fisher-Yates from the top, each index drawn by rejection on getrandbits.
-static void build_random(Schedule *s, int lo, int hi, int64_t seed) {
-    PythonRandom r = python_seed(seed);
-    for (int i = lo; i < hi; i++) schedule_add(s, i, false);
-    int *middle = s->layer + s->n_slots - (hi - lo);
-    for (int i = hi - lo - 1; i > 0; i--) {
-        int j, bits = 0;
-        while ((i + 1) >> bits) bits++;
-        do j = (int)(python_word(&r) >> (32 - bits));
-        while (j > i);
-        int swapped = middle[i];
-        middle[i] = middle[j];
-        middle[j] = swapped;
-    }
+static void build_parallel(Schedule *s, int lo, int hi) {
+    for (int i = lo; i < hi; i++) schedule_add(s, i, i > lo);
 }
 
-static void build_loop(Schedule *s, int lo, int hi, int64_t times) {
-    for (int64_t turn = 0; turn < times; turn++) {
-        for (int i = lo; i < hi; i++) schedule_add(s, i, i > lo);
+static void build_loop(Schedule *s, int lo, int hi) {
+    for (int64_t turn = 0; turn < s->argument; turn++) build_parallel(s, lo, hi);
+}
+
+// random.shuffle: Fisher-Yates from the top, each index drawn by rejection on getrandbits.
+static void build_random(Schedule *s, int lo, int hi) {
+    uint32_t state[624];
+    int64_t drawn = 0;
+    python_seed(state, s->argument);
+    for (int i = lo; i < hi; i++) schedule_add(s, i, false);
+    int *middle = s->layer + lo;
+    for (int i = hi - lo - 1; i > 0; i--) {
+        int j, bits = 0, top = middle[i];
+        while ((i + 1) >> bits) bits++;
+        do j = (int)(python_word(state, drawn++) >> (32 - bits));
+        while (j > i);
+        middle[i] = middle[j];
+        middle[j] = top;
     }
 }
 
@@ -332,30 +321,32 @@ static void build_loop(Schedule *s, int lo, int hi, int64_t times) {
 // layer k; TWO takes k and k+1.
 enum { MIDDLE, ONE, TWO };
 typedef struct {
-    const char *name;           // the flag is --name
+    const char *name, *help;    // the flag is --name
     int range;
-    const char *argument_flag;  // a second number: its flag, lowest and highest value, default
-    int64_t lowest, highest, standard;
-    void (*build)(Schedule *s, int lo, int hi, int64_t argument);     // NULL: leaves the middle out
-    const char *help;
+    void (*build)(Schedule *s, int lo, int hi);     // NULL: leaves the middle out
+    const char *argument_flag, *argument_help;      // a second number, s->argument; NULL: none
+    int64_t lowest, highest, standard;              // what it can be, and is by default
 } Intervention;
 
 static const Intervention interventions[] = {
-    {"skip", MIDDLE, NULL, 0, 0, -1, NULL, "skip the middle layers S < i < T-S"},
-    {"repeat", MIDDLE, NULL, 0, 0, -1, build_repeat, "run layer T/2 in place of each middle layer"},
-    {"reverse", MIDDLE, NULL, 0, 0, -1, build_reverse, "run the middle layers last to first"},
-    {"random", MIDDLE, "seed", (int64_t)-9.2e18, (int64_t)9.2e18, 0, build_random,
-     "shuffle the middle layers as Python's random.seed(N) does (default 0)"},
-    {"parallel", MIDDLE, NULL, 1, 1, 1, build_loop, "run the middle layers as one averaged step"},
-    {"loop", MIDDLE, "times", 1, 100000, 3, build_loop, "that step N times (default 3)"},
-    {"drop", ONE, NULL, 0, 0, -1, NULL, "leave out one layer"},
-    {"swap", TWO, NULL, 0, 0, -1, build_reverse, "exchange layers K and K+1"},
+    {"skip", "leave out the middle", .range = MIDDLE},
+    {"repeat", "run layer T/2 in place of each of the middle", .build = build_repeat},
+    {"reverse", "run the middle last to first", .build = build_reverse},
+    {"random", "shuffle the middle", .build = build_random,
+     .argument_flag = "seed", .lowest = -9.2e18, .highest = 9.2e18, .standard = 0,
+     .argument_help = "with --random: as Python's random.seed(N) shuffles (default 0)"},
+    {"parallel", "run the middle as one step, its outputs averaged", .build = build_parallel},
+    {"loop", "run that step several times, each on the last average", .build = build_loop,
+     .argument_flag = "times", .lowest = 1, .highest = 100000, .standard = 3,
+     .argument_help = "with --loop: how many times (default 3)"},
+    {"drop", "leave out layer K", .range = ONE},
+    {"swap", "exchange layers K and K+1", .range = TWO, .build = build_reverse},
 };
 enum { N_INTERVENTIONS = sizeof interventions / sizeof *interventions };
 
 // The largest start that an intervention has in a model of T layers; -1: none.
 static int64_t largest_start(const Intervention *v, int T) {
-    return v->range == MIDDLE ? (T >= 2 ? (T - 2) / 2 : -1) : T - 2 + (v->range == ONE && T > 1);
+    return T < 2 ? -1 : v->range == MIDDLE ? (T - 2) / 2 : T - v->range;
 }
 
 // The schedule of an intervention, or of the untouched model where v is NULL. Dies where there is
@@ -372,10 +363,10 @@ static Schedule schedule_build(const Intervention *v, int T, int64_t start, int6
                 (long long)start, T, (long long)most);
         }
         lo = (int)start + (v->range == MIDDLE);
-        hi = v->range == MIDDLE ? T - (int)start : lo + (v->range == ONE ? 1 : 2);
+        hi = v->range == MIDDLE ? T - (int)start : lo + v->range;
     }
     for (int i = 0; i < lo; i++) schedule_add(&s, i, false);
-    if (v && v->build) v->build(&s, lo, hi, v->argument_flag ? argument : v->standard);
+    if (v && v->build) v->build(&s, lo, hi);
     for (int i = hi; i < T; i++) schedule_add(&s, i, false);
     return s;
 }
@@ -395,21 +386,16 @@ _Noreturn static void path_error(const PathReader *r, const char *expected) {
 }
 
 static int path_number(PathReader *r, const char *what, int lo, int hi) {
-    int64_t n = 0;
-    size_t digits = strspn(r->at, "0123456789");
-    for (size_t i = 0; i < digits && n <= hi; i++) n = n * 10 + (r->at[i] - '0');
-    char expected[64];
+    char expected[64], *end = NULL;
+    bool digit = *r->at >= '0' && *r->at <= '9';
+    long long n = digit ? strtoll(r->at, &end, 10) : -1;
     snprintf(expected, sizeof expected, "%s, %d to %d", what, lo, hi);
-    if (!digits || n < lo || n > hi) path_error(r, expected);
-    r->at += digits;
+    if (n < lo || n > hi) path_error(r, expected);
+    r->at = end;
     return (int)n;
 }
 
-static bool path_take(PathReader *r, char c) {
-    if (*r->at != c) return false;
-    r->at++;
-    return true;
-}
+static bool path_take(PathReader *r, char c) { return *r->at == c && r->at++; }
 
 static void path_step(PathReader *r, Schedule *s) {
     int64_t from = s->n_slots;
@@ -426,10 +412,8 @@ static void path_step(PathReader *r, Schedule *s) {
     } while ((group || !range) && path_take(r, '|'));
     if (group && !path_take(r, ')')) path_error(r, "\"|\", \"-\" or \")\" inside a group");
     int64_t n = s->n_slots - from;
-    if (*r->at == '*' && !group && (range || n > 1)) {
-        path_error(r, "a space or the end (\"*\" follows a layer or a (group) only)");
-    }
-    int times = path_take(r, '*') ? path_number(r, "a count", 1, MAX_SLOTS) : 1;
+    bool repeats = (group || (n == 1 && !range)) && path_take(r, '*');
+    int times = repeats ? path_number(r, "a count", 1, MAX_SLOTS) : 1;
     for (int64_t i = 0; i < n * (times - 1); i++) schedule_add(s, s->layer[from + i], i % n > 0);
 }
 
@@ -438,7 +422,8 @@ static Schedule schedule_parse(const char *text, int T, const char *place) {
     Schedule s = {.n_layers = T, .method = "path", .start = -1, .argument = -1};
     PathReader r = {text, text, place};
     for (path_step(&r, &s); *r.at; path_step(&r, &s)) {
-        if (!path_take(&r, ' ')) path_error(&r, "a space, or the end of the path");
+        if (path_take(&r, ' ')) continue;
+        path_error(&r, "a space or the end (\"*\" follows a single layer or a group)");
     }
     return s;
 }
@@ -446,7 +431,6 @@ static Schedule schedule_parse(const char *text, int T, const char *place) {
 // The schedule as --show prints it and --path reads it: `0 1 2|3|4 5`. The caller releases it.
 static char *schedule_text(const Schedule *s) {
     Text t = {0};
-    text_add(&t, "", 0);
     for (int64_t i = 0; i < s->n_steps; i++) {
         for (int64_t j = s->first[i]; j < s->first[i + 1]; j++) {
             text_printf(&t, "%s%d", j > s->first[i] ? "|" : i ? " " : "", s->layer[j]);
@@ -464,20 +448,18 @@ enum { ROPE_HALVES = 1, ROPE_PAIRS = 2 };   // rotate (i, i + head_dim/2), or (2
 
 typedef struct Tokenizer Tokenizer;
 
-typedef struct {                // one layer; biases and *_bias are BERT's alone
+typedef struct {                // one layer
     Tensor q, k, v, o;          // [heads * head_dim, dim], [kv_heads * head_dim, dim] x2, [dim, *]
     Tensor gate, up, down;      // [hidden, dim] twice, [dim, hidden]; BERT has no gate
-    float *attn_norm, *ffn_norm, *attn_norm_bias, *ffn_norm_bias;       // [dim]
-    float *q_bias, *k_bias, *v_bias, *o_bias, *up_bias, *down_bias;
+    Tensor attn_norm, ffn_norm; // float32 [dim], as all norms
 } Layer;
 
 typedef struct {                // a linear classifier on BERT's pooled output
     char name[56];
     Tensor weight;              // [labels, dim]
-    float *bias;                // [labels]
     bool regression;
     int n_labels;
-    const char **labels;        // label names in the order of the outputs
+    char **labels;              // label names in the order of the outputs
 } Head;
 
 typedef struct {
@@ -497,12 +479,10 @@ typedef struct {
     char *notes;                            // strings "key <TAB> value", the last one is empty
     Tensor embed;                           // [vocab, dim]
     Tensor output;                          // Llama: the head, [vocab, dim]; `embed` where tied
-    float *norm;                            // Llama: the final norm, [dim]
-    Tensor positions, segments;             // BERT: [max_length, dim], [n_segments, dim]
-    float *embed_norm, *embed_norm_bias;    // BERT: [dim]
+    Tensor norm;                            // Llama: the final norm, [dim]
+    Tensor positions, segments, embed_norm; // BERT: [max_length, dim], [n_segments, dim], [dim]
     bool has_pooler, has_mlm;
-    Tensor pooler, mlm, mlm_out;            // BERT: [dim, dim] twice, [vocab, dim]
-    float *pooler_bias, *mlm_bias, *mlm_norm, *mlm_norm_bias, *mlm_out_bias;
+    Tensor pooler, mlm, mlm_norm, mlm_out;  // BERT: [dim, dim] twice, [dim], [vocab, dim]
     Layer *layers;                          // [n_layers]
     Head *heads;                            // [n_heads_named]
     float *rope_frequency;                  // Llama: [head_dim / 2], radians per position
@@ -545,9 +525,8 @@ static void model_map(Model *m) {
     void *p = MAP_FAILED;
     int fd = open(m->path, O_RDONLY);
     if (fd >= 0 && !fstat(fd, &info)) {
-        errno = EINVAL;                         // of a folder, a pipe, an empty file
-        m->bytes = S_ISREG(info.st_mode) ? info.st_size : 0;
-        if (m->bytes) p = mmap(NULL, (size_t)m->bytes, PROT_READ, MAP_SHARED, fd, 0);
+        m->bytes = info.st_size;
+        p = mmap(NULL, (size_t)m->bytes, PROT_READ, MAP_SHARED, fd, 0);
     }
     if (p == MAP_FAILED) {
         die("%s: no regular file that can be mapped: %s; name a model", m->path, strerror(errno));
@@ -561,9 +540,13 @@ static void need(const Model *m, bool good, const char *place, const char *fault
     if (!good) die("%s: %s: %s; export the model again", m->path, place, fault);
 }
 
-// Do n bytes at `at` lie within the first `bytes`?
-static bool within(int64_t at, int64_t n, int64_t bytes) {
-    return at >= 0 && n >= 0 && at <= bytes && n <= bytes - at;
+// The integer of 4 or 8 bytes at byte `at` of the header; it must lie in lo..hi.
+static int64_t header_field(const Model *m, int64_t at, int bytes, int64_t lo, int64_t hi,
+                            const char *name) {
+    int64_t v = bytes == 8 ? read_i64(m->file + at) : (int32_t)read_u32(m->file + at);
+    if (v >= lo && v <= hi) return v;
+    die("%s: byte %lld: %s is %lld, allowed are %lld to %lld; export the model again", m->path,
+        (long long)at, name, (long long)v, (long long)lo, (long long)hi);
 }
 
 static int64_t stored_bytes(int type, int64_t rows, int64_t cols) {
@@ -582,23 +565,22 @@ static void model_header(Model *m) {
         die("%s: model files are little-endian, this machine is not; use another", m->path);
     }
     need(m, m->bytes >= 192 && !memcmp(f, "PAINTERS", 8), "byte 0", "not a painters model file");
-    need(m, read_u32(f + 8) == 1, "byte 8", "not of version 1, which this program reads");
+    header_field(m, 8, 4, 1, 1, "version");
+    m->arch = (int)header_field(m, 12, 4, LLAMA, BERT, "arch");
     need(m, read_i64(f + 16) == m->bytes, "byte 16", "the file is cut off, or too long");
-    int64_t header = read_i64(f + 24), text = read_i64(f + 48), text_bytes = read_i64(f + 56);
-    int64_t notes = read_i64(f + 144), notes_bytes = read_i64(f + 152);
-    need(m, header >= 192 && header <= m->bytes && header % 64 == 0, "byte 24",
-         "the header's length is wrong");
-    need(m, header_checksum(f, header) == read_u32(f + 32), "byte 32",
+    int64_t header = header_field(m, 24, 8, 192, m->bytes, "header_bytes");
+    need(m, header % 64 == 0 && header_checksum(f, header) == read_u32(f + 32), "byte 32",
          "the header's checksum is wrong: the file is damaged");
-    m->n_tensors = (int)read_u32(f + 36);
-    need(m, read_i64(f + 40) == 192 && m->n_tensors > 0 && m->n_tensors <= (header - 192) / 96 &&
-         within(text, text_bytes, header) && within(notes, notes_bytes, header), "byte 40",
-         "the tensor table, the tokenizer or the notes lie outside the header");
+    m->n_tensors = (int)header_field(m, 36, 4, 1, (header - 192) / 96, "n_tensors");
+    header_field(m, 40, 8, 192, 192, "table_offset");
+    int64_t text = header_field(m, 48, 8, 0, header, "tokenizer_offset");
+    int64_t text_bytes = header_field(m, 56, 8, 0, header - text, "tokenizer_bytes");
+    int64_t notes = header_field(m, 144, 8, 0, header, "meta_offset");
+    int64_t notes_bytes = header_field(m, 152, 8, 0, header - notes, "meta_bytes");
     m->notes = model_allocate(m, notes_bytes + 2, 1, "notes");
     memcpy(m->notes, f + notes, (size_t)notes_bytes);
     for (char *p = m->notes; (p = strchr(p, '\n'));) *p++ = 0;
-    m->arch = (int)read_u32(f + 12);
-    need(m, m->arch == LLAMA || m->arch == BERT, "byte 12", "the architecture is unknown");
+
     bool llama = m->arch == LLAMA;
     _Static_assert(offsetof(Model, head_dim) - offsetof(Model, dim) == 18 * 4, "file's order");
     memcpy((char *)m + offsetof(Model, dim), f + 64, 19 * 4);
@@ -608,34 +590,30 @@ static void model_header(Model *m) {
         {"n_heads", 1, 1 << 14}, {"n_kv_heads", 1, m->n_heads}, {"vocab_size", 1, 1 << 24},
         {"max_length", 1, 1 << 24}, {"n_segments", !llama, 1 << 10},
         {"rope_pairs", llama, 2 * llama}, {"rope_theta", -any, any}, {"norm_eps", -any, any},
-        {"tokenizer", 0, 2},
+        {"tokenizer", text_bytes > 0, text_bytes > 0 ? 2 : 0},
         {"bos", -1, ids}, {"eos", -1, ids}, {"unk", -1, ids}, {"pad", -1, ids}, {"mask", -1, ids},
         {"flags", -any, any}, {"head_dim", 1, 1 << 16}};
     for (int i = 0; i < 19; i++) {
-        int v = (int)read_u32(f + 64 + 4 * i);
-        if (v >= fields[i].lo && v <= fields[i].hi) continue;
-        die("%s: byte %d: %s is %d, allowed are %lld to %lld; export the model again", m->path,
-            64 + 4 * i, fields[i].name, v, (long long)fields[i].lo, (long long)fields[i].hi);
+        header_field(m, 64 + 4 * i, 4, fields[i].lo, fields[i].hi, fields[i].name);
     }
     need(m, m->n_heads % m->n_kv_heads == 0 && m->norm_eps >= 0 && m->norm_eps < 1 &&
          (llama ? m->head_dim % 2 == 0 && m->rope_theta > 0 && m->rope_theta < 1e30f
                 : (int64_t)m->n_heads * m->head_dim == m->dim), "byte 64",
          "n_heads, n_kv_heads, head_dim, dim, norm_eps and rope_theta cannot all be right");
-    need(m, !m->tokenizer_kind == !text_bytes, "byte 108",
-         "a tokenizer without a kind, or the reverse");
+
     m->tensors = model_allocate(m, m->n_tensors, sizeof *m->tensors, "tensors");
     int64_t end = header;
     for (int i = 0; i < m->n_tensors; i++) {    // of known types, in order, inside the file
-        const unsigned char *e = (const unsigned char *)tensor_name(m, i);
-        int64_t rank = read_u32(e + 60), rows = read_i64(e + 64), cols = read_i64(e + 72);
-        int64_t at = read_i64(e + 80), bytes = read_i64(e + 88);
-        uint32_t type = read_u32(e + 56);
-        need(m, !e[55], "byte 192", "a tensor's name does not end");
-        need(m, type < N_TYPES && (rank == 2 || (rank == 1 && rows == 1)) && rows >= 1 &&
-             cols >= 1 && rows <= 1 << 30 && cols <= 1 << 30 && at >= end && at % 64 == 0 &&
-             bytes == stored_bytes((int)type, rows, cols) && within(at, bytes, m->bytes),
-             (const char *)e, "the tensor's type, shape or place is wrong");
-        m->tensors[i] = (Tensor){(int)type, rows, cols, f + at, NULL};
+        int64_t e = 192 + 96 * (int64_t)i;
+        int type = (int)header_field(m, e + 56, 4, 0, N_TYPES - 1, "a tensor's type");
+        int64_t rank = header_field(m, e + 60, 4, 1, 2, "a tensor's rank");
+        int64_t rows = header_field(m, e + 64, 8, 1, rank == 1 ? 1 : 1 << 30, "a tensor's rows");
+        int64_t cols = header_field(m, e + 72, 8, 1, 1 << 30, "a tensor's columns");
+        int64_t bytes = stored_bytes(type, rows, cols);
+        int64_t at = header_field(m, e + 80, 8, end, m->bytes - bytes, "a tensor's offset");
+        header_field(m, e + 88, 8, bytes, bytes, "a tensor's length");
+        need(m, !f[e + 55] && at % 64 == 0, "byte 192", "a tensor's name or place is wrong");
+        m->tensors[i] = (Tensor){type, rows, cols, f + at, NULL, NULL};
         if (type == Q8) m->tensors[i].scale = (const void *)(f + at + (rows * cols + 63) / 64 * 64);
         end = at + bytes;
     }
@@ -660,35 +638,26 @@ static char *model_note(const Model *m, const char *key) {
 }
 
 static void widen(float *out, const Tensor *w, int64_t row);
+static char **split(char *s, char separator, int *n);
 
-typedef struct {                // what to take from the file
-    const char *name;
-    void *to;                   // a Tensor; or, where rows = 0, a float *: the vector, widened
-    float **bias;               // BERT's NAME_bias; NULL: has none
-    int64_t rows, cols;
-    bool wanted;
-} Part;
-
-// Gives names to tensors: the n parts, as far as they are wanted, must be there in these shapes.
-static void model_parts(Model *m, const char *prefix, const Part *p, size_t n) {
-    for (; n; p++, n--) {
-        if (!p->wanted) continue;
-        char name[160];
-        snprintf(name, sizeof name, "%.79s%.79s", prefix, p->name);
-        const Tensor *t = model_find(m, name);
-        need(m, t && t->rows == (p->rows ? p->rows : 1) && t->cols == p->cols, name,
-             "the tensor is missing, or not of the shape that the header says");
-        if (p->rows) {
-            *(Tensor *)p->to = *t;
-        } else {
-            float *vector = *(float **)p->to = model_allocate(m, p->cols, sizeof *vector, name);
-            widen(vector, t, 0);
-        }
-        if (!p->bias || m->arch != BERT) continue;
-        snprintf(name, sizeof name, "%s_bias", p->name);
-        Part bias = {name, p->bias, NULL, 0, p->rows ? p->rows : p->cols, true};
-        model_parts(m, prefix, &bias, 1);
+// The tensor PREFIX NAME, which must be there in this shape, and where it is `biased` its bias
+// PREFIX NAME_bias. A vector has 0 rows here; its values are widened to float32.
+static Tensor model_part(Model *m, const char *prefix, const char *name, int64_t rows,
+                         int64_t cols, bool biased) {
+    char whole[160];
+    snprintf(whole, sizeof whole, "%.79s%.79s", prefix, name);
+    const Tensor *t = model_find(m, whole);
+    need(m, t && t->rows == (rows ? rows : 1) && t->cols == cols, whole,
+         "the tensor is missing, or not of the shape that the header says");
+    Tensor part = *t;
+    if (!rows) {
+        float *wide = model_allocate(m, cols, sizeof *wide, whole);
+        widen(wide, t, 0);
+        part = (Tensor){F32, 1, cols, wide, NULL, NULL};
     }
+    snprintf(whole, sizeof whole, "%.79s_bias", name);
+    if (biased) part.bias = model_part(m, prefix, whole, 0, rows ? rows : cols, false).data;
+    return part;
 }
 
 // Every tensor "heads.NAME.weight" is a classifier; its labels stand in the notes.
@@ -698,25 +667,17 @@ static void model_heads(Model *m) {
         const char *name = tensor_name(m, i), *end = strstr(name, ".weight");
         if (strncmp(name, "heads.", 6) || !end || end[7] || end == name + 5) continue;
         int64_t n = m->tensors[i].rows;
-        need(m, n <= 1 << 16, name, "a classifier with over 65536 labels");
         Head *h = &m->heads[m->n_heads_named++];
         char key[80];
         snprintf(h->name, sizeof h->name, "%.*s", (int)(end - name - 6), name + 6);
         snprintf(key, sizeof key, "heads.%s.", h->name);
-        const Part parts[] = {{"weight", &h->weight, NULL, n, m->dim, true},
-                              {"bias", &h->bias, NULL, 0, n, true}};
-        model_parts(m, key, parts, 2);
+        h->weight = model_part(m, key, "weight", n, m->dim, false);
+        h->weight.bias = model_part(m, key, "bias", 0, n, false).data;
         snprintf(key, sizeof key, "head.%s.kind", h->name);
         h->regression = n == 1 || !strcmp(model_note(m, key), "regress");
         snprintf(key, sizeof key, "head.%s.labels", h->name);
-        h->n_labels = (int)n;
-        h->labels = model_allocate(m, n, sizeof *h->labels, "label names");
-        char *label = model_note(m, key);
-        for (int j = 0; j < n; j++) {
-            h->labels[j] = label;
-            label += strcspn(label, "|");
-            if (*label) *label++ = 0;
-        }
+        h->labels = split(model_note(m, key), '|', &h->n_labels);
+        need(m, h->n_labels == n, name, "the notes have not a name for each of its labels");
     }
 }
 
@@ -725,44 +686,41 @@ static void model_weights(Model *m) {
     int64_t d = m->dim, h = m->hidden, vocab = m->vocab_size;
     int64_t q = (int64_t)m->n_heads * m->head_dim, kv = (int64_t)m->n_kv_heads * m->head_dim;
     bool bert = m->arch == BERT, head = !bert && model_find(m, "head");
-    bool pooler = bert && model_find(m, "pooler"), mlm = bert && model_find(m, "mlm");
-    const Part parts[] = {
-        {"embed", &m->embed, NULL, vocab, d, true},
-        {"norm", &m->norm, NULL, 0, d, !bert},
-        {"head", &m->output, NULL, vocab, d, head},
-        {"positions", &m->positions, NULL, m->max_length, d, bert},
-        {"segments", &m->segments, NULL, m->n_segments, d, bert},
-        {"embed_norm", &m->embed_norm, &m->embed_norm_bias, 0, d, bert},
-        {"pooler", &m->pooler, &m->pooler_bias, d, d, pooler},
-        {"mlm", &m->mlm, &m->mlm_bias, d, d, mlm},
-        {"mlm_norm", &m->mlm_norm, &m->mlm_norm_bias, 0, d, mlm},
-        {"mlm_out", &m->mlm_out, NULL, vocab, d, mlm && model_find(m, "mlm_out")},
-        {"mlm_out_bias", &m->mlm_out_bias, NULL, 0, vocab, mlm},
-    };
-    model_parts(m, "", parts, sizeof parts / sizeof *parts);
-    if (!head) m->output = m->embed;
-    if (!m->mlm_out.data) m->mlm_out = m->embed;
-    m->has_pooler = pooler;
-    m->has_mlm = mlm;
+    m->has_pooler = bert && model_find(m, "pooler");
+    m->has_mlm = bert && model_find(m, "mlm");
+    m->embed = model_part(m, "", "embed", vocab, d, false);
+    m->output = model_part(m, "", head ? "head" : "embed", vocab, d, false);
+    if (bert) {
+        m->positions = model_part(m, "", "positions", m->max_length, d, false);
+        m->segments = model_part(m, "", "segments", m->n_segments, d, false);
+        m->embed_norm = model_part(m, "", "embed_norm", 0, d, true);
+        model_heads(m);
+    } else {
+        m->norm = model_part(m, "", "norm", 0, d, false);
+    }
+    if (m->has_pooler) m->pooler = model_part(m, "", "pooler", d, d, true);
+    if (m->has_mlm) {
+        const char *output = model_find(m, "mlm_out") ? "mlm_out" : "embed";
+        m->mlm = model_part(m, "", "mlm", d, d, true);
+        m->mlm_norm = model_part(m, "", "mlm_norm", 0, d, true);
+        m->mlm_out = model_part(m, "", output, vocab, d, false);
+        m->mlm_out.bias = model_part(m, "", "mlm_out_bias", 0, vocab, false).data;
+    }
     m->layers = model_allocate(m, m->n_layers, sizeof *m->layers, "layers");
     for (int i = 0; i < m->n_layers; i++) {
         Layer *l = &m->layers[i];
-        char prefix[32];
-        snprintf(prefix, sizeof prefix, "layers.%d.", i);
-        const Part own[] = {
-            {"attn_norm", &l->attn_norm, &l->attn_norm_bias, 0, d, true},
-            {"q", &l->q, &l->q_bias, q, d, true},
-            {"k", &l->k, &l->k_bias, kv, d, true},
-            {"v", &l->v, &l->v_bias, kv, d, true},
-            {"o", &l->o, &l->o_bias, d, q, true},
-            {"ffn_norm", &l->ffn_norm, &l->ffn_norm_bias, 0, d, true},
-            {"gate", &l->gate, NULL, h, d, !bert},
-            {"up", &l->up, &l->up_bias, h, d, true},
-            {"down", &l->down, &l->down_bias, d, h, true},
-        };
-        model_parts(m, prefix, own, sizeof own / sizeof *own);
+        char at[32];
+        snprintf(at, sizeof at, "layers.%d.", i);
+        l->attn_norm = model_part(m, at, "attn_norm", 0, d, bert);
+        l->q = model_part(m, at, "q", q, d, bert);
+        l->k = model_part(m, at, "k", kv, d, bert);
+        l->v = model_part(m, at, "v", kv, d, bert);
+        l->o = model_part(m, at, "o", d, q, bert);
+        l->ffn_norm = model_part(m, at, "ffn_norm", 0, d, bert);
+        if (!bert) l->gate = model_part(m, at, "gate", h, d, false);
+        l->up = model_part(m, at, "up", h, d, bert);
+        l->down = model_part(m, at, "down", d, h, bert);
     }
-    if (bert) model_heads(m);
     m->rope_frequency = model_allocate(m, m->head_dim / 2, sizeof(float), "rotary frequencies");
     for (int i = 0; i < m->head_dim / 2; i++) {         // float32 steps, as Hugging Face takes them
         m->rope_frequency[i] = 1.0f / powf(m->rope_theta, (float)(2 * i) / (float)m->head_dim);
@@ -785,9 +743,9 @@ static uint64_t hash_bytes(const unsigned char *p, int64_t n) {
 // 3. Kernels: all the arithmetic that takes time
 // ------------------------------------------------------------------------------------------------
 //
-// The plain_ functions say what is computed, and run anywhere. The fast ones behind them compute the
-// same to rounding. On each path every output is summed in one fixed order that does not know how
-// many rows, threads or pieces of cache there are, so none of these can change a result's bits.
+// The plain_ functions say what is computed, and run anywhere. The fast ones behind them compute
+// the same to rounding. On each path every output is summed in one fixed order that does not know
+// how many rows, threads or pieces of cache there are, so none of these can change a result's bits.
 
 #pragma GCC diagnostic ignored "-Wpsabi"        // no vector crosses into other people's code
 #ifndef _OPENMP
@@ -859,14 +817,15 @@ static float dot(const float *a, const float *b, int64_t n) {
     return sum[0];
 }
 
-// y[n][w->rows] = x[n][w->cols] . W^T (+ bias[w->rows] unless NULL).
-static void plain_matmul(float *y, const float *x, const Tensor *w, const float *bias, int64_t n) {
+// y[n][w->rows] = x[n][w->cols] . W^T, + bias where W has one.
+static void plain_matmul(float *y, const float *x, const Tensor *w, int64_t n) {
     #pragma omp parallel for if (n * w->rows * w->cols > 1 << 21)
     for (int64_t row = 0; row < w->rows; row++) {
         float *wide = scratch(0, w->cols);
         widen(wide, w, row);
         for (int64_t i = 0; i < n; i++) {
-            y[i * w->rows + row] = dot(x + i * w->cols, wide, w->cols) + (bias ? bias[row] : 0);
+            y[i * w->rows + row] = dot(x + i * w->cols, wide, w->cols) +
+                                 (w->bias ? w->bias[row] : 0);
         }
     }
 }
@@ -927,7 +886,7 @@ static void plain_gelu(float *x, int64_t n) {
 // The fast paths. Section 3b is written once, for vectors of LANES floats, and compiled once a path
 // by this file including itself. ACCUMULATORS is how many sums the vector registers hold at a time.
 #if defined __x86_64__ && (!defined _WIN32 || defined __clang__)
-#define HAVE_AVX            // gcc for Windows cannot align wide vectors on the stack (its bug 54412)
+#define HAVE_AVX            // gcc for Windows cannot align wide vectors (its bug 54412)
 #include <cpuid.h>
 #include <immintrin.h>
 #endif
@@ -1124,7 +1083,9 @@ INLINE void chains_of(float *c, const float *x, int64_t ldx, const Tensor *w, in
     for (int64_t k = 0; k < depth; k += 32) {
         if (n * m == ACCUMULATORS) __builtin_prefetch(next + k / (PANEL / ACCUMULATORS));
         if (n * m == PANEL) __builtin_prefetch(next + k + 16);
-        if (type == Q8) UNROLL for (int j = 0; j < m; j++) factor[j] = load_scale(scale[j] + k / 32);
+        if (type == Q8) {
+            UNROLL for (int j = 0; j < m; j++) factor[j] = load_scale(scale[j] + k / 32);
+        }
         ROLLED for (int l = 0; l < 32; l += LANES) {
             vec a[4];
             UNROLL for (int i = 0; i < n; i++) {
@@ -1173,12 +1134,11 @@ static void chains(float *c, const float *x, int64_t ldx, int64_t n, const Tenso
 
 // Outputs row .. row + PANEL of rows first .. first + some of the n of x, which lies in `blocks` of
 // depth columns each, [blocks][n][ldx].
-static void outputs(float *y, const float *x, int64_t ldx, const Tensor *w, const float *bias,
-                    int64_t n, int64_t first, int64_t some, int64_t row, int64_t depth,
-                    bool direct) {
+static void outputs(float *y, const float *x, int64_t ldx, const Tensor *w, int64_t n,
+                    int64_t first, int64_t some, int64_t row, int64_t depth, bool direct) {
     int64_t rows = w->rows - row < PANEL ? w->rows - row : PANEL;
     float *c = scratch(1, PANEL * (CHUNK * LANES + DEPTH + PAD)), *wide = c + CHUNK * PANEL * LANES;
-    const Tensor panel = {F32, rows, DEPTH + PAD, wide, NULL};
+    const Tensor panel = {F32, rows, DEPTH + PAD, wide, NULL, NULL};
     memset(c, 0, (size_t)(some * PANEL * LANES) * sizeof *c);
     for (int64_t k = 0; k < w->cols; k += depth) {
         int64_t here = w->cols - k < depth ? w->cols - k : depth;
@@ -1191,30 +1151,30 @@ static void outputs(float *y, const float *x, int64_t ldx, const Tensor *w, cons
     for (int64_t i = 0; i < some; i++) {
         for (int64_t r = 0; r < rows; r++) {
             float sum = sum_of(load(c + (i * PANEL + r) * LANES));
-            y[(first + i) * w->rows + row + r] = sum + (bias ? bias[row + r] : 0);
+            y[(first + i) * w->rows + row + r] = sum + (w->bias ? w->bias[row + r] : 0);
         }
     }
 }
 
-static void ON_PATH(matmul)(float *y, const float *x, const Tensor *w, const float *bias,
-                            int64_t n) {
+static void ON_PATH(matmul)(float *y, const float *x, const Tensor *w, int64_t n) {
     bool cheap = LANES == 16 && (w->type == F16 || w->type == BF16);     // to widen for each tile
     bool direct = w->cols % 32 == 0 && (n <= FEW || cheap);
     int64_t depth = direct ? w->cols : DEPTH, blocks = direct ? 0 : (w->cols + depth - 1) / depth;
     int64_t chunk = direct ? CHUNK / 2 : CHUNK, chunks = (n + chunk - 1) / chunk;
     int64_t panels = (w->rows + PANEL - 1) / PANEL;
+    const Tensor rows = {.type = F32, .rows = n, .cols = w->cols, .data = x};
     float *copy = scratch(0, blocks * n * (depth + PAD));
     #pragma omp parallel if (n * w->rows * w->cols > 1 << 21)
     {
         #pragma omp for
         for (int64_t i = 0; i < blocks * n; i++) {
             int64_t k = i / n * depth, here = w->cols - k < depth ? w->cols - k : depth;
-            widen_part(copy + i * (depth + PAD), &(Tensor){F32, n, w->cols, x, NULL}, i % n, k, here);
+            widen_part(copy + i * (depth + PAD), &rows, i % n, k, here);
         }
         #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < panels * chunks; i++) {
             int64_t first = i % chunks * chunk, some = n - first < chunk ? n - first : chunk;
-            outputs(y, direct ? x : copy, direct ? depth : depth + PAD, w, bias, n, first, some,
+            outputs(y, direct ? x : copy, direct ? depth : depth + PAD, w, n, first, some,
                     i / chunks * PANEL, depth, direct);
         }
     }
@@ -1291,7 +1251,7 @@ static void tile(int64_t rows, float *c, int64_t ldc, const float *a, int64_t ld
     }
 }
 
-// c[rows][stride] += p[rows][from .. to] . V[from .. to][stride]; positions count through the spans.
+// c[rows][stride] += p[rows][from .. to] . V[from .. to][stride]; the spans are one row of keys.
 static void weigh(float *c, int64_t stride, const float *p, int64_t ldp, int64_t rows,
                   const Span *s, int64_t from, int64_t to) {
     for (int64_t start = 0; start < to; start += s++->count) {
@@ -1310,6 +1270,7 @@ static void ON_PATH(attend)(float *out, const float *q, int64_t ld, int64_t n, i
                             int64_t head_dim, const Span *spans, int64_t n_spans, int64_t past,
                             bool causal) {
     enum { SOME = 24 };                     // rows that read keys and values together
+    float root = sqrtf((float)head_dim);
     int64_t stride = (head_dim + 15) / 16 * 16, lda = stride + 1;
     int64_t ldp = (past + n + 31) / 16 * 16 + 16, rows;
     float *p = scratch(1, SOME * (ldp + stride + lda)), *c = p + SOME * ldp, *a = c + SOME * stride;
@@ -1318,7 +1279,7 @@ static void ON_PATH(attend)(float *out, const float *q, int64_t ld, int64_t n, i
         int64_t last = (i0 + rows - 1) / group, most = causal ? past + last + 1 : past + n;
         for (int64_t i = 0; i < rows; i++) {
             const float *from = q + (i0 + i) / group * ld + (i0 + i) % group * head_dim;
-            for (int64_t d = 0; d < head_dim; d++) a[i * lda + d] = from[d] / sqrtf((float)head_dim);
+            for (int64_t d = 0; d < head_dim; d++) a[i * lda + d] = from[d] / root;
         }
         const Span *s = spans;
         for (int64_t start = 0; s < spans + n_spans && start < most; start += s++->count) {
@@ -1368,11 +1329,11 @@ static void ON_PATH(attend)(float *out, const float *q, int64_t ld, int64_t n, i
 // One instruction multiplies tiles of bfloat16, 16 x 32 times 32 x 16, and adds to 16 x 16 float32.
 // A float32 is split into two bfloat16, high and low, which hold 16 of its 24 bits:
 //
-//     W . x  =  Wh . xh  +  Wh . xl  +  Wl . xh      (Wl . xl is less than the rounding of the rest)
+//     W . x  =  Wh . xh  +  Wh . xl  +  Wl . xh      (Wl . xl is no more than the others' rounding)
 //
-// A float16 or 8-bit weight (times its scale) is such a sum too, and a bfloat16 is a high part alone.
-// With 8-bit weights the low part of x is left out: what they lost weighs more. Every output is
-// summed along the columns in one order; rows are filled up to 32 with zeros, however few they are.
+// A float16 is such a sum too, and a bfloat16 a high part alone. With 8-bit weights the low part of
+// x is left out: what they lost weighs more. Every output is summed along the columns in one order;
+// rows are filled up to 32 with zeros, however few they are.
 
 // Intrinsics of AMX came with gcc 11 and clang 12. The kernel has to be asked for the registers.
 #if defined HAVE_AVX && defined __linux__ && \
@@ -1385,7 +1346,7 @@ enum {
     TILE_BF16 = 512,                                // bfloat16 in a tile: [16][32]
     AMX_DEPTH = 256,                                // columns of x and W that stay in the caches,
     AMX_GROUP = AMX_DEPTH / 32 * 2 * TILE_BF16,     // which for 16 rows are so many bfloat16
-    AMX_PANEL = 128, AMX_CHUNK = 512                // rows of W, and rows of x that meet them, at most
+    AMX_PANEL = 128, AMX_CHUNK = 512                // rows of W that meet rows of x, at most
 };
 
 static void transpose_tile(float t[16][16]) {
@@ -1404,10 +1365,12 @@ static void transpose_tile(float t[16][16]) {
     }
 }
 
-// Rows row .. row + 16 of W and AMX_DEPTH columns from k as tiles, [columns / 32][high, low][16][32];
-// `turned`: rows and pairs of columns change places, as a second factor has to stand.
+// Rows row .. row + 16 of W and AMX_DEPTH columns from k as tiles,
+// [columns / 32][high, low][16][32]; `turned`: as second factors have to stand, rows and pairs of
+// columns change places.
 static void amx_pack(uint16_t *to, const Tensor *w, int64_t row, int64_t k, bool turned) {
-    int64_t depth = w->cols - k < AMX_DEPTH ? w->cols - k : AMX_DEPTH, bytes = WEIGHT_BYTES(w->type);
+    int64_t depth = w->cols - k < AMX_DEPTH ? w->cols - k : AMX_DEPTH;
+    int64_t bytes = WEIGHT_BYTES(w->type);
     const char *next = (const char *)w->data + (row * w->cols + k + AMX_DEPTH) * bytes;
     float wide[AMX_DEPTH];
     for (int i = 0; i < 16; i++) {
@@ -1432,9 +1395,17 @@ static void amx_pack(uint16_t *to, const Tensor *w, int64_t row, int64_t k, bool
 static void amx_multiply(float *c, const uint16_t *w, const uint16_t *x, int64_t tiles, int type,
                          bool more) {
 #define PRODUCTS() \
-    { _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7); }
+    { \
+        _tile_dpbf16ps(0, 4, 6); \
+        _tile_dpbf16ps(1, 4, 7); \
+        _tile_dpbf16ps(2, 5, 6); \
+        _tile_dpbf16ps(3, 5, 7); \
+    }
 #define FACTORS(first, second, p) \
-    { _tile_loadd(first, (p) + at, 64); _tile_loadd(second, (p) + AMX_GROUP + at, 64); }
+    { \
+        _tile_loadd(first, (p) + at, 64); \
+        _tile_loadd(second, (p) + AMX_GROUP + at, 64); \
+    }
     if (!more) memset(c, 0, 4 * 256 * sizeof *c);
     __asm__ volatile("" ::: "memory");              // gcc's _tile_loadd does not say that it reads
     _tile_loadd(0, c, 64);
@@ -1465,8 +1436,8 @@ static void amx_multiply(float *c, const uint16_t *w, const uint16_t *x, int64_t
 
 // Outputs row .. row + rows of rows first .. first + some of the n of x, which is packed as
 // [blocks of columns][groups of 16 rows].
-static void amx_outputs(float *y, const uint16_t *x, const Tensor *w, const float *bias, int64_t n,
-                        int64_t first, int64_t some, int64_t row, int64_t rows) {
+static void amx_outputs(float *y, const uint16_t *x, const Tensor *w, int64_t n, int64_t first,
+                        int64_t some, int64_t row, int64_t rows) {
     static const struct { uint8_t palette, start, zero[14]; uint16_t bytes[16]; uint8_t rows[16]; }
         shapes = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
     int64_t groups = (n + 31) / 32 * 2;
@@ -1495,7 +1466,7 @@ static void amx_outputs(float *y, const uint16_t *x, const Tensor *w, const floa
                 transpose_tile((float (*)[16])(void *)block);
                 for (int64_t j = i + q % 2 * 16, l = 0; l < 16 && j < some && left > 0; j++, l++) {
                     vec_avx512 sum = load_avx512(block + l * 16);
-                    if (bias) sum += load_some_avx512(bias + row + at, left);
+                    if (w->bias) sum += load_some_avx512(w->bias + row + at, left);
                     store_some_avx512(y + (first + j) * w->rows + row + at, sum, left);
                 }
             }
@@ -1503,22 +1474,22 @@ static void amx_outputs(float *y, const uint16_t *x, const Tensor *w, const floa
     }
 }
 
-static void matmul_amx(float *y, const float *x, const Tensor *w, const float *bias, int64_t n) {
+static void matmul_amx(float *y, const float *x, const Tensor *w, int64_t n) {
     int64_t groups = (n + 31) / 32 * 2, blocks = (w->cols + AMX_DEPTH - 1) / AMX_DEPTH;
     int64_t panel = n <= FEW ? 32 : AMX_PANEL, panels = (w->rows + panel - 1) / panel;
     int64_t chunks = (n + AMX_CHUNK - 1) / AMX_CHUNK;
     uint16_t *packed = (uint16_t *)(void *)scratch(0, blocks * groups * AMX_GROUP / 2);
+    const Tensor rows = {.type = F32, .rows = n, .cols = w->cols, .data = x};
     #pragma omp parallel if (n * w->rows * w->cols > 1 << 21)
     {
         #pragma omp for
         for (int64_t i = 0; i < blocks * groups; i++) {
-            amx_pack(packed + i * AMX_GROUP, &(Tensor){F32, n, w->cols, x, NULL}, i % groups * 16,
-                     i / groups * AMX_DEPTH, true);
+            amx_pack(packed + i * AMX_GROUP, &rows, i % groups * 16, i / groups * AMX_DEPTH, true);
         }
         #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < panels * chunks; i++) {
             int64_t first = i % chunks * AMX_CHUNK, row = i / chunks * panel;
-            amx_outputs(y, packed, w, bias, n, first, n - first < AMX_CHUNK ? n - first : AMX_CHUNK,
+            amx_outputs(y, packed, w, n, first, n - first < AMX_CHUNK ? n - first : AMX_CHUNK,
                         row, w->rows - row < panel ? w->rows - row : panel);
         }
     }
@@ -1530,16 +1501,21 @@ END_TARGET
 // 3d. Choosing the kernels
 // ------------------------------------------------------------------------------------------------
 
+typedef void Matmul(float *y, const float *x, const Tensor *w, int64_t n);
+typedef void Attend(float *out, const float *q, int64_t ld, int64_t n, int64_t group,
+                    int64_t head_dim, const Span *spans, int64_t n_spans, int64_t past, bool causal);
+typedef void SiluMultiply(float *gate, const float *up, int64_t n);
+typedef void Gelu(float *x, int64_t n);
+
 typedef struct {                // one way to compute all this; the last that the CPU has is taken
     const char *name;
     int level;                  // of the CPU: -1 any; 0 rounds every result to float32, which the
                                 // x87 does not; 1 has AVX2, FMA and F16C, 2 the first of AVX-512,
                                 // 3 AMX
-    void (*matmul)(float *, const float *, const Tensor *, const float *, int64_t);
-    void (*attend)(float *, const float *, int64_t, int64_t, int64_t, int64_t, const Span *,
-                   int64_t, int64_t, bool);
-    void (*silu_multiply)(float *, const float *, int64_t);
-    void (*gelu)(float *, int64_t);
+    Matmul *matmul;
+    Attend *attend;
+    SiluMultiply *silu_multiply;
+    Gelu *gelu;
 } Kernels;
 
 static const Kernels kernel_table[] = {
@@ -1554,7 +1530,23 @@ static const Kernels kernel_table[] = {
 #endif
 };
 enum { N_KERNELS = sizeof kernel_table / sizeof *kernel_table };
+
+// Those in use.
 static const Kernels *kernels = &kernel_table[0];
+static Matmul *matmul = plain_matmul;
+static Attend *attend = plain_attend;
+static SiluMultiply *silu_multiply = plain_silu_multiply;
+static Gelu *gelu = plain_gelu;
+
+static const char *kernels_name(void) { return kernels->name; }
+
+static void kernels_use(const Kernels *k) {
+    kernels = k;
+    matmul = k->matmul;
+    attend = k->attend;
+    silu_multiply = k->silu_multiply;
+    gelu = k->gelu;
+}
 
 // Has this CPU what entry i of the table needs?
 static bool kernels_available(int i) {
@@ -1567,10 +1559,12 @@ static bool kernels_available(int i) {
     bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
     if (level == 1 && wide) level = 2;
 #ifdef HAVE_AMX
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
     bool tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & d >> 24 & 1);
     bool bf16 = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
-    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
-    if (level == 2 && tiles && bf16 && !syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA)) level = 3;
+    if (level == 2 && tiles && bf16) {
+        level += !syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
+    }
 #endif
 #endif
     return kernel_table[i].level <= level;
@@ -1580,29 +1574,11 @@ static bool kernels_available(int i) {
 static void kernels_init(const char *name) {
     for (int i = N_KERNELS - 1; i >= 0; i--) {
         if (!kernels_available(i) || (name && strcmp(name, kernel_table[i].name))) continue;
-        kernels = &kernel_table[i];
+        kernels_use(&kernel_table[i]);
         return;
     }
-    die("--kernels: this CPU has no \"%s\"; leave the flag out, or use plain", name ? name : "kernels");
+    die("--kernels: this CPU has no \"%s\"; leave the flag out, or use plain", name ? name : "");
 }
-
-static const char *kernels_name(void) { return kernels->name; }
-
-static void matmul(float *y, const float *x, const Tensor *w, const float *bias, int64_t n) {
-    kernels->matmul(y, x, w, bias, n);
-}
-
-static void attend(float *out, const float *q, int64_t ld, int64_t n, int64_t group,
-                   int64_t head_dim, const Span *spans, int64_t n_spans, int64_t past,
-                   bool causal) {
-    kernels->attend(out, q, ld, n, group, head_dim, spans, n_spans, past, causal);
-}
-
-static void silu_multiply(float *gate, const float *up, int64_t n) {
-    kernels->silu_multiply(gate, up, n);
-}
-
-static void gelu(float *x, int64_t n) { kernels->gelu(x, n); }
 
 // ------------------------------------------------------------------------------------------------
 // 4. Layers and the forward pass
@@ -1612,54 +1588,53 @@ static void gelu(float *x, int64_t n) { kernels->gelu(x, n); }
 // sequence owns a segment of keys and values, and may have a parent whose rows come before its own:
 // the choices of a question are children of its context, and read its keys instead of computing
 // them again.
-enum { MAX_DEPTH = 8 };         // a sequence and its ancestors
+enum {
+    MAX_DEPTH = 8,              // a sequence and its ancestors
+    RUN = 32,                   // neighbouring rows of a sequence that attention takes together
+    WORTH_THREADS = 1 << 19     // operations; fewer are not worth waking threads for
+};
 
 typedef struct {
-    int parent;                 // index of the sequence that comes before, or -1
-    int64_t before;             // rows of all ancestors: the position of the first own row
-    int64_t length, pending;    // own rows held by the cache, and rows added by the present batch
-    int64_t capacity;           // own rows there is room for, a multiple of 16
+    int parent, depth;          // index of the sequence that comes before, or -1; 1 without one
+    int64_t start, end;         // positions of its first token and behind its last
+    int64_t capacity;           // tokens there is room for, a multiple of 16
     int64_t n_slots;            // places of the schedule that keep their keys and values. 1: they
                                 // are read in this pass only, and one slot serves every layer
     float *data;                // [n_slots][kv_heads] x { K [capacity/16][head_dim][16],
-    int64_t data_capacity;      //                         V [capacity][value_stride] }
+                                //                         V [capacity][value_stride] }
 } Sequence;
 
-typedef struct { int sequence; int64_t row, n; } Run;   // rows of one sequence, standing together
+typedef struct {
+    int id, segment, sequence;  // segment: BERT's token type
+    int64_t position;
+} Token;
 
 typedef struct {                // the rows that the next pass runs
-    int64_t n_rows, capacity, n_runs, runs_capacity;
-    int *token, *segment;       // [rows]; segment is BERT's token type
-    int64_t *position;          // [rows]
-    float *rope;                // [rows][head_dim / 2][2]: cosine and sine
-    Run *runs;
+    Token *tokens;              // [n_rows]
+    int64_t *first;             // [n_runs + 1]: run i is rows first[i] to first[i + 1]
+    int64_t n_rows, n_runs, row_capacity, run_capacity;
+    int64_t n_pairs;            // of a row and a key that it sees
 } Batch;
 
-typedef struct Session Session;
-struct Session {                // everything a forward pass needs beside the model
+typedef struct {                // everything a forward pass needs beside the model
     const Model *model;
     bool kv_mean;               // --kv mean: one slot per parallel step (SPEC: the public code)
     Sequence *sequences;
     int64_t n_sequences, sequences_capacity;
     Batch batch;
-    float *x;                                   // [rows][dim]: the residual stream
-    float *normed, *out, *input, *sum;          // [rows][dim]
+    float *x, *y, *mean;                        // [rows][dim]: the residual stream before a layer,
+                                                // behind it, and the mean of a step's layers
+    float *h;                                   // [rows][dim]: input or output of half a layer
     float *q, *att;                             // [rows][heads * head_dim]
-    float *k, *v, *k_sum, *v_sum;               // [rows][kv_heads * head_dim]
+    float *k, *v, *k_mean, *v_mean;             // [rows][kv_heads * head_dim]
     float *gate, *up;                           // [rows][hidden]
+    float *rope;                                // [rows][head_dim / 2][2]: cosine and sine
     float *work;                                // what all these are pieces of,
-    int64_t work_rows;                          // and the rows they have room for
-    int64_t layer_passes, layer_rows;           // layers run so far, and rows they ran on
-    void (*listener)(Session *s, void *data);   // called on x after the embedding and each step
-    void *listener_data;
-};
+    int64_t work_rows;                          // and the rows there is room for
+    int64_t layer_passes;                       // layers run so far
+} Session;
 
 static int64_t value_stride(const Model *m) { return (m->head_dim + 15) / 16 * 16; }
-
-// Small work is not worth waking threads for. (Without OpenMP nobody asks.)
-__attribute__((unused)) static bool worth_threads(int64_t operations) {
-    return operations > 1 << 19;
-}
 
 static Session *session_new(const Model *m) {
     Session *s = allocate(1, sizeof *s, "session");
@@ -1667,196 +1642,148 @@ static Session *session_new(const Model *m) {
     return s;
 }
 
-static void batch_free(Batch *b) {
-    release(b->token);
-    release(b->segment);
-    release(b->position);
-    release(b->rope);
-    release(b->runs);
-    *b = (Batch){0};
-}
-
 static void session_free(Session *s) {
     for (int64_t i = 0; i < s->sequences_capacity; i++) release(s->sequences[i].data);
-    release(s->work);
-    batch_free(&s->batch);
     release(s->sequences);
+    release(s->batch.tokens);
+    release(s->batch.first);
+    release(s->work);
     release(s);
 }
 
-// Forgets all sequences from index `keep` on; their memory stays for those that follow.
+// Ends a pass: the batch's rows stay with their sequences, and the batch is empty.
+static void batch_commit(Session *s) { s->batch.n_rows = s->batch.n_runs = s->batch.n_pairs = 0; }
+
+// Forgets all sequences from index `keep` on.
 static void session_reset(Session *s, int64_t keep) {
     s->n_sequences = keep;
-    s->batch.n_rows = s->batch.n_runs = 0;
-    for (int64_t i = 0; i < keep; i++) s->sequences[i].pending = 0;
+    batch_commit(s);
 }
 
-// Makes sequence `i` an empty one with room for `capacity` rows in each of n_slots slots.
-static void sequence_open(Session *s, int64_t i, int parent, int64_t capacity, int64_t n_slots) {
-    const Model *m = s->model;
-    Sequence *q = &s->sequences[i];
-    q->parent = parent;
-    q->length = q->pending = 0;
-    q->n_slots = n_slots;
-    q->capacity = (capacity + 15) / 16 * 16;
-    int64_t row = m->n_kv_heads * (m->head_dim + value_stride(m));
-    if (q->capacity > (int64_t)(PTRDIFF_MAX / 64) / row / n_slots) {
-        die("key/value cache: %lld tokens in %lld places of the schedule are beyond this machine; "
-            "use a shorter schedule or text", (long long)capacity, (long long)n_slots);
-    }
-    if (q->data_capacity < q->capacity * row * n_slots) {
-        release(q->data);
-        q->data_capacity = 0;
-        q->data = NULL;
-        q->data = allocate(q->capacity * row * n_slots, sizeof *q->data, "key/value cache");
-        q->data_capacity = q->capacity * row * n_slots;
-    }
-    const Sequence *p = parent < 0 ? NULL : &s->sequences[parent];
-    q->before = p ? p->before + p->length + p->pending : 0;
-}
-
-// A new sequence behind `parent` (-1: none) with room for `capacity` rows in each of n_slots slots.
+// A new sequence behind `parent` (-1: none) with room for `capacity` tokens in each of its slots.
 static int sequence_new(Session *s, int parent, int64_t capacity, int64_t n_slots) {
-    int depth = 1;
-    for (int i = parent; i >= 0; i = s->sequences[i].parent) depth++;
-    if (depth > MAX_DEPTH) die("a sequence has over %d ancestors; put them into one", MAX_DEPTH);
+    const Model *m = s->model;
+    int64_t width = m->n_kv_heads * (m->head_dim + value_stride(m));
     s->sequences = grow(s->sequences, &s->sequences_capacity, s->n_sequences + 1,
                         sizeof *s->sequences, "sequences");
-    sequence_open(s, s->n_sequences, parent, capacity, n_slots);
+    const Sequence *p = parent < 0 ? NULL : &s->sequences[parent];
+    Sequence *q = &s->sequences[s->n_sequences];
+    q->parent = parent;
+    q->depth = p ? p->depth + 1 : 1;
+    if (q->depth > MAX_DEPTH) die("a sequence has over %d ancestors; put them into one", MAX_DEPTH);
+    q->start = q->end = p ? p->end : 0;
+    q->capacity = (capacity + 15) / 16 * 16;
+    q->n_slots = n_slots;
+    float *data = allocate(q->capacity * n_slots, width * (int64_t)sizeof *data, "key/value cache");
+    release(q->data);
+    q->data = data;
     return (int)s->n_sequences++;
 }
 
-// Adds a token to the batch, behind what its sequence holds. The rows of a sequence stand together,
-// and those of a parent come before its children's. `segment` is BERT's token type.
+// Gives back the memory of a sequence that nobody reads any more.
+static void sequence_close(Session *s, int i) {
+    release(s->sequences[i].data);
+    s->sequences[i].data = NULL;
+}
+
+// Adds a token to the batch and to its sequence. The rows of a sequence stand together, and those
+// of a parent come before its children's. `segment` is BERT's token type.
 static void batch_add(Session *s, int sequence, int token, int segment) {
-    Sequence *q = &s->sequences[sequence];
     const Model *m = s->model;
+    Sequence *q = &s->sequences[sequence];
     Batch *b = &s->batch;
-    int64_t position = q->before + q->length + q->pending, n = b->n_rows;
     if (token < 0 || token >= m->vocab_size) {
         die("token %d is out of range; the model knows 0 to %d", token, m->vocab_size - 1);
     }
-    if (position >= m->max_length) {
+    if (q->end >= m->max_length) {
         die("the text is longer than the model's context of %d tokens; shorten it", m->max_length);
     }
-    if (n == b->capacity) {
-        int64_t had[3] = {n, n, n * m->head_dim};
-        b->token = grow(b->token, &had[0], n + 1, sizeof *b->token, "batch");
-        b->segment = grow(b->segment, &had[1], n + 1, sizeof *b->segment, "batch");
-        b->position = grow(b->position, &b->capacity, n + 1, sizeof *b->position, "batch");
-        b->rope = grow(b->rope, &had[2], b->capacity * m->head_dim, sizeof *b->rope, "batch");
-    }
-    if (!b->n_runs || b->runs[b->n_runs - 1].sequence != sequence) {
-        b->runs = grow(b->runs, &b->runs_capacity, b->n_runs + 1, sizeof *b->runs, "batch");
-        b->runs[b->n_runs++] = (Run){sequence, n, 0};
-    }
-    b->runs[b->n_runs - 1].n++;
-    b->token[n] = token;
-    b->segment[n] = segment;
-    b->position[n] = position;
-    q->pending++;
-    b->n_rows++;
+    b->tokens = grow(b->tokens, &b->row_capacity, b->n_rows + 1, sizeof *b->tokens, "batch");
+    b->first = grow(b->first, &b->run_capacity, b->n_runs + 2, sizeof *b->first, "batch");
+    bool goes_on = b->n_rows && b->tokens[b->n_rows - 1].sequence == sequence &&
+                   b->n_rows - b->first[b->n_runs - 1] < RUN;
+    if (!goes_on) b->n_runs++;
+    b->tokens[b->n_rows++] = (Token){token, segment, sequence, q->end++};
+    b->first[b->n_runs] = b->n_rows;
+    b->n_pairs += q->end;
 }
 
-// The keys (or the values) of one KV head in a slot of a sequence.
-static float *cache_at(const Session *s, const Sequence *q, int64_t slot, int head,
-                       bool values) {
+// The keys of one KV head in a slot of a sequence; its values follow behind capacity * head_dim.
+static float *cache_at(const Session *s, const Sequence *q, int64_t slot, int64_t head) {
     const Model *m = s->model;
     if (q->n_slots == 1) slot = 0;
-    int64_t keys = q->capacity * m->head_dim, both = keys + q->capacity * value_stride(m);
-    return q->data + (slot * m->n_kv_heads + head) * both + (values ? keys : 0);
+    return q->data + (slot * m->n_kv_heads + head) * q->capacity * (m->head_dim + value_stride(m));
 }
 
 // Writes the rows' keys and values into the cache: keys in blocks of 16 positions, transposed, so
 // that attention reads 16 keys at a time (Span, section 3).
 static void cache_store(Session *s, int64_t slot, const float *k, const float *v) {
     const Model *m = s->model;
-    int64_t d = m->head_dim, width = m->n_kv_heads * d, stride = value_stride(m);
-    for (int64_t i = 0; i < s->batch.n_runs; i++) {
-        const Run run = s->batch.runs[i];
-        const Sequence *q = &s->sequences[run.sequence];
-        #pragma omp parallel for if (worth_threads(run.n * width))
+    int64_t d = m->head_dim, width = m->n_kv_heads * d;
+    #pragma omp parallel for if (s->batch.n_rows * width > WORTH_THREADS)
+    for (int64_t r = 0; r < s->batch.n_rows; r++) {
+        const Token *token = &s->batch.tokens[r];
+        const Sequence *q = &s->sequences[token->sequence];
+        int64_t at = token->position - q->start;
         for (int head = 0; head < m->n_kv_heads; head++) {
-            float *keys = cache_at(s, q, slot, head, false);
-            float *values = cache_at(s, q, slot, head, true);
-            for (int64_t r = 0; r < run.n; r++) {
-                int64_t at = q->length + r, from = (run.row + r) * width + head * d;
-                float *block = keys + at / 16 * 16 * d + at % 16;
-                for (int64_t j = 0; j < d; j++) block[j * 16] = k[from + j];
-                memcpy(values + at * stride, v + from, (size_t)d * sizeof *v);
-            }
+            float *keys = cache_at(s, q, slot, head), *values = keys + q->capacity * d;
+            int64_t from = r * width + head * d;
+            for (int64_t i = 0; i < d; i++) keys[at / 16 * 16 * d + i * 16 + at % 16] = k[from + i];
+            memcpy(values + at * value_stride(m), v + from, (size_t)d * sizeof *v);
         }
     }
 }
 
-// Attention of all rows over the keys of their sequences and ancestors: s->q in, s->att out. One
-// piece of work is a few rows of one sequence and one KV head.
+// Attention of all rows over the keys and values of their sequences and ancestors: s->q in, s->att
+// out. One piece of work is a run and a KV head, with the query heads that share it.
 static void attention(Session *s, int64_t slot) {
-    enum { PIECE = 32 };
     const Model *m = s->model;
+    const Batch *b = &s->batch;
     int64_t group = m->n_heads / m->n_kv_heads, ld = (int64_t)m->n_heads * m->head_dim;
-    int64_t n_pieces = 0, operations = 0;
-    for (int64_t i = 0; i < s->batch.n_runs; i++) {
-        const Run *run = &s->batch.runs[i];
-        n_pieces += (run->n + PIECE - 1) / PIECE;
-        operations += run->n * (s->batch.position[run->row] + run->n) * ld;
-    }
-    struct { const Run *run; int64_t row; } *pieces = allocate(n_pieces, sizeof *pieces, "attention");
-    for (int64_t i = 0, at = 0; i < s->batch.n_runs; i++) {
-        const Run *run = &s->batch.runs[i];
-        for (int64_t r = 0; r < run->n; r += PIECE, at++) {
-            pieces[at].run = run;
-            pieces[at].row = r;
+    cache_store(s, slot, s->k, s->v);
+    #pragma omp parallel for schedule(dynamic) if (b->n_pairs * ld > WORTH_THREADS)
+    for (int64_t piece = 0; piece < b->n_runs * m->n_kv_heads; piece++) {
+        int64_t run = b->n_runs - 1 - piece / m->n_kv_heads;    // rows that see most come first
+        int64_t row = b->first[run], n = b->first[run + 1] - row, head = piece % m->n_kv_heads;
+        int64_t at = row * ld + head * group * m->head_dim;
+        const Sequence *own = &s->sequences[b->tokens[row].sequence];
+        Span spans[MAX_DEPTH], *span = spans + MAX_DEPTH;
+        int64_t end = own->end;         // of a parent is read what is before its child's start
+        for (const Sequence *q = own; q; q = q->parent < 0 ? NULL : &s->sequences[q->parent]) {
+            const float *keys = cache_at(s, q, slot, head);
+            *--span = (Span){keys, keys + q->capacity * m->head_dim, end - q->start};
+            end = q->start;
         }
+        bool causal = m->arch == LLAMA;         // in BERT every row sees the whole sequence
+        attend(s->att + at, s->q + at, ld, n, group, m->head_dim, span, own->depth,
+               causal ? b->tokens[row].position : own->end - n, causal);
     }
-    (void)operations;                       // without OpenMP
-    #pragma omp parallel for schedule(dynamic) if (worth_threads(operations))
-    for (int64_t work = 0; work < n_pieces * m->n_kv_heads; work++) {
-        int64_t piece = n_pieces - 1 - work / m->n_kv_heads;    // the longest rows first
-        int head = (int)(work % m->n_kv_heads);
-        const Run *run = pieces[piece].run;
-        int64_t row = pieces[piece].row, n = run->n - row < PIECE ? run->n - row : PIECE;
-        Span spans[MAX_DEPTH];
-        int at = MAX_DEPTH;
-        for (int i = run->sequence; i >= 0 && at > 0; i = s->sequences[i].parent) {
-            const Sequence *q = &s->sequences[i];
-            spans[--at] = (Span){cache_at(s, q, slot, head, false),
-                                 cache_at(s, q, slot, head, true), q->length + q->pending};
-        }
-        int64_t past = s->batch.position[run->row] + row, from = (run->row + row) * ld;
-        if (m->arch == BERT) past = run->n - n;                 // every row sees the whole sequence
-        from += head * group * m->head_dim;
-        attend(s->att + from, s->q + from, ld, n, group, m->head_dim, spans + at, MAX_DEPTH - at,
-               past, m->arch == LLAMA);
-    }
-    release(pieces);
 }
 
-// RMSNorm (Zhang and Sennrich 2019): out = x / rms(x) * weight, for n rows of d.
-static void rms_norm(float *out, const float *x, const float *weight, float eps, int64_t n,
-                     int64_t d) {
-    #pragma omp parallel for if (worth_threads(n * d))
+// RMSNorm (Zhang and Sennrich 2019) of n rows: out = x / rms(x) * weight.
+static void rms_norm(float *out, const float *x, const Tensor *norm, const Model *m, int64_t n) {
+    const float *weight = norm->data;
+    int64_t d = m->dim;
+    #pragma omp parallel for if (n * d > WORTH_THREADS)
     for (int64_t r = 0; r < n; r++) {
         const float *in = x + r * d;
-        float scale = 1.0f / sqrtf(dot(in, in, d) / (float)d + eps);
+        float scale = 1.0f / sqrtf(dot(in, in, d) / (float)d + m->norm_eps);
         for (int64_t i = 0; i < d; i++) out[r * d + i] = weight[i] * (in[i] * scale);
     }
 }
 
-// LayerNorm (Ba et al. 2016) of x + residual (or of x where residual is NULL), in place in x.
-static void layer_norm(float *x, const float *residual, const float *weight, const float *bias,
-                       float eps, int64_t n, int64_t d) {
-    #pragma omp parallel for if (worth_threads(n * d))
+// LayerNorm (Ba et al. 2016) of n rows, in place: x = (x - mean) / deviation * weight + bias.
+static void layer_norm(float *x, const Tensor *norm, const Model *m, int64_t n) {
+    const float *weight = norm->data, *bias = norm->bias;
+    int64_t d = m->dim;
+    #pragma omp parallel for if (n * d > WORTH_THREADS)
     for (int64_t r = 0; r < n; r++) {
         float *row = x + r * d;
         double mean = 0, variance = 0;
-        for (int64_t i = 0; i < d; i++) {
-            if (residual) row[i] += residual[r * d + i];
-            mean += row[i];
-        }
+        for (int64_t i = 0; i < d; i++) mean += row[i];
         mean /= (double)d;
         for (int64_t i = 0; i < d; i++) variance += (row[i] - mean) * (row[i] - mean);
-        float scale = (float)(1.0 / sqrt(variance / (double)d + eps)), middle = (float)mean;
+        float scale = (float)(1.0 / sqrt(variance / (double)d + m->norm_eps)), middle = (float)mean;
         for (int64_t i = 0; i < d; i++) row[i] = (row[i] - middle) * scale * weight[i] + bias[i];
     }
 }
@@ -1866,11 +1793,10 @@ static void rotate(const Session *s, float *x, int n_heads) {
     const Model *m = s->model;
     int64_t half = m->head_dim / 2, width = (int64_t)n_heads * m->head_dim;
     int64_t step = m->rope == ROPE_PAIRS ? 2 : 1, other = m->rope == ROPE_PAIRS ? 1 : half;
-    #pragma omp parallel for if (worth_threads(s->batch.n_rows * width))
+    #pragma omp parallel for if (s->batch.n_rows * width > WORTH_THREADS)
     for (int64_t r = 0; r < s->batch.n_rows; r++) {
-        const float *turn = s->batch.rope + r * 2 * half;
-        for (int h = 0; h < n_heads; h++) {
-            float *head = x + r * width + h * m->head_dim;
+        const float *turn = s->rope + r * m->head_dim;
+        for (float *head = x + r * width; head < x + (r + 1) * width; head += m->head_dim) {
             for (int64_t i = 0; i < half; i++) {
                 float a = head[i * step], b = head[i * step + other];
                 head[i * step] = a * turn[2 * i] - b * turn[2 * i + 1];
@@ -1880,168 +1806,85 @@ static void rotate(const Session *s, float *x, int n_heads) {
     }
 }
 
-static void add(float *x, const float *y, int64_t n) {
-    #pragma omp parallel for if (worth_threads(n))
-    for (int64_t i = 0; i < n; i++) x[i] += y[i];
+static void add(float *sum, const float *a, const float *b, int64_t n) {
+    #pragma omp parallel for if (n > WORTH_THREADS)
+    for (int64_t i = 0; i < n; i++) sum[i] = a[i] + b[i];
 }
 
-// sum = x, or += x from the second on.
-static void accumulate(float *sum, const float *x, int64_t n, bool first) {
-    if (first) memcpy(sum, x, (size_t)n * sizeof *x);
-    else add(sum, x, n);
-}
-
-static void divide(float *out, const float *x, int64_t n, int64_t by) {
-    #pragma omp parallel for if (worth_threads(n))
-    for (int64_t i = 0; i < n; i++) out[i] = x[i] / (float)by;
-}
-
-// One layer on all rows of the batch: s->x in, s->x out. It knows neither schedule nor task.
+// One layer on all rows of the batch: s->x in, s->y out. It knows neither schedule nor task.
+//     a = x + attention(norm(x))        y = a + feed_forward(norm(a))
 static void llama_layer(Session *s, const Layer *l, int64_t slot) {
     const Model *m = s->model;
-    int64_t n = s->batch.n_rows, d = m->dim, hidden = m->hidden;
-    rms_norm(s->normed, s->x, l->attn_norm, m->norm_eps, n, d);
-    matmul(s->q, s->normed, &l->q, NULL, n);
-    matmul(s->k, s->normed, &l->k, NULL, n);
-    matmul(s->v, s->normed, &l->v, NULL, n);
+    int64_t n = s->batch.n_rows, hidden = m->hidden;
+    rms_norm(s->h, s->x, &l->attn_norm, m, n);
+    matmul(s->q, s->h, &l->q, n);
+    matmul(s->k, s->h, &l->k, n);
+    matmul(s->v, s->h, &l->v, n);
     rotate(s, s->q, m->n_heads);
     rotate(s, s->k, m->n_kv_heads);
-    cache_store(s, slot, s->k, s->v);
     attention(s, slot);
-    matmul(s->out, s->att, &l->o, NULL, n);
-    add(s->x, s->out, n * d);
-    rms_norm(s->normed, s->x, l->ffn_norm, m->norm_eps, n, d);
-    matmul(s->gate, s->normed, &l->gate, NULL, n);
-    matmul(s->up, s->normed, &l->up, NULL, n);
-    #pragma omp parallel for if (worth_threads(n * hidden))
+    matmul(s->h, s->att, &l->o, n);
+    add(s->y, s->x, s->h, n * m->dim);
+
+    rms_norm(s->h, s->y, &l->ffn_norm, m, n);
+    matmul(s->gate, s->h, &l->gate, n);
+    matmul(s->up, s->h, &l->up, n);
+    #pragma omp parallel for if (n * hidden > WORTH_THREADS)
     for (int64_t r = 0; r < n; r++) silu_multiply(s->gate + r * hidden, s->up + r * hidden, hidden);
-    matmul(s->out, s->gate, &l->down, NULL, n);
-    add(s->x, s->out, n * d);
+    matmul(s->h, s->gate, &l->down, n);
+    add(s->y, s->y, s->h, n * m->dim);
 }
 
-// The same for BERT: post-norm, biases, GELU, and every row sees the whole sequence.
+// The same for BERT, which normalises behind each sum, has biases, and looks both ways:
+//     a = norm(x + attention(x))        y = norm(a + feed_forward(a))
 static void bert_layer(Session *s, const Layer *l, int64_t slot) {
     const Model *m = s->model;
-    int64_t n = s->batch.n_rows, d = m->dim, hidden = m->hidden;
-    matmul(s->q, s->x, &l->q, l->q_bias, n);
-    matmul(s->k, s->x, &l->k, l->k_bias, n);
-    matmul(s->v, s->x, &l->v, l->v_bias, n);
-    cache_store(s, slot, s->k, s->v);
+    int64_t n = s->batch.n_rows, hidden = m->hidden;
+    matmul(s->q, s->x, &l->q, n);
+    matmul(s->k, s->x, &l->k, n);
+    matmul(s->v, s->x, &l->v, n);
     attention(s, slot);
-    matmul(s->out, s->att, &l->o, l->o_bias, n);
-    layer_norm(s->x, s->out, l->attn_norm, l->attn_norm_bias, m->norm_eps, n, d);
-    matmul(s->up, s->x, &l->up, l->up_bias, n);
-    #pragma omp parallel for if (worth_threads(n * hidden))
+    matmul(s->h, s->att, &l->o, n);
+    add(s->y, s->x, s->h, n * m->dim);
+    layer_norm(s->y, &l->attn_norm, m, n);
+
+    matmul(s->up, s->y, &l->up, n);
+    #pragma omp parallel for if (n * hidden > WORTH_THREADS)
     for (int64_t r = 0; r < n; r++) gelu(s->up + r * hidden, hidden);
-    matmul(s->out, s->up, &l->down, l->down_bias, n);
-    layer_norm(s->x, s->out, l->ffn_norm, l->ffn_norm_bias, m->norm_eps, n, d);
+    matmul(s->h, s->up, &l->down, n);
+    add(s->y, s->y, s->h, n * m->dim);
+    layer_norm(s->y, &l->ffn_norm, m, n);
 }
 
-static void run_layer(Session *s, int layer, int64_t slot) {
-    if (s->model->arch == LLAMA) llama_layer(s, &s->model->layers[layer], slot);
-    else bert_layer(s, &s->model->layers[layer], slot);
-    s->layer_passes++;
-    s->layer_rows += s->batch.n_rows;
+// Takes x into a mean, as number i of n: they are added in their order, and the last one divides.
+static void average(float *mean, const float *x, int64_t size, int64_t i, int64_t n) {
+    #pragma omp parallel for if (size > WORTH_THREADS)
+    for (int64_t j = 0; j < size; j++) {
+        float sum = i == 0 ? x[j] : mean[j] + x[j];
+        mean[j] = i == n - 1 ? sum / (float)n : sum;
+    }
 }
 
-// Slots that a step of n layers takes in the cache.
-static int64_t step_slots(const Session *s, int64_t n) { return s->kv_mean ? 1 : n; }
-
-// One step of a schedule: its layers run one after another on the same input into one sum, in the
-// order they are named, and the sum is divided. Under --kv mean they share a slot: each layer reads
-// its own keys and values of this pass's rows there, and leaves the mean of the group behind.
-static void run_step(Session *s, const int *layers, int64_t n, int64_t slot) {
+// Step i of a schedule: the mean of what its layers make of x, in the order they are named, becomes
+// the new x. Under --kv mean they share a slot: each layer reads its own keys and values of this
+// pass's rows there, and at the end it holds the mean of the group.
+static void run_step(Session *s, const Schedule *schedule, int64_t i) {
     const Model *m = s->model;
+    int64_t first = schedule->first[i], n = schedule->first[i + 1] - first;
     int64_t size = s->batch.n_rows * m->dim, kv = s->batch.n_rows * m->n_kv_heads * m->head_dim;
-    if (n > 1) memcpy(s->input, s->x, (size_t)size * sizeof *s->x);
-    for (int64_t i = 0; i < n; i++) {
-        if (i > 0) memcpy(s->x, s->input, (size_t)size * sizeof *s->x);
-        run_layer(s, layers[i], slot + (s->kv_mean ? 0 : i));
-        if (n == 1) break;
-        accumulate(s->sum, s->x, size, i == 0);
+    void (*layer)(Session *, const Layer *, int64_t) = m->arch == LLAMA ? llama_layer : bert_layer;
+    for (int64_t j = 0; j < n; j++) {
+        layer(s, &m->layers[schedule->layer[first + j]], s->kv_mean ? i : first + j);
+        s->layer_passes++;
+        average(s->mean, s->y, size, j, n);
         if (!s->kv_mean) continue;
-        accumulate(s->k_sum, s->k, kv, i == 0);
-        accumulate(s->v_sum, s->v, kv, i == 0);
+        average(s->k_mean, s->k, kv, j, n);
+        average(s->v_mean, s->v, kv, j, n);
     }
-    if (n > 1) divide(s->x, s->sum, size, n);
-    if (n > 1 && s->kv_mean) {
-        divide(s->k, s->k_sum, kv, n);
-        divide(s->v, s->v_sum, kv, n);
-        cache_store(s, slot, s->k, s->v);
-    }
-    if (s->listener) s->listener(s, s->listener_data);
-}
-
-// Gives the working memory room for the rows of the batch.
-static void session_room(Session *s) {
-    const Model *m = s->model;
-    if (s->batch.n_rows <= s->work_rows) return;
-    int64_t n = (s->batch.n_rows + 15) / 16 * 16, q = (int64_t)m->n_heads * m->head_dim;
-    int64_t kv = (int64_t)m->n_kv_heads * m->head_dim;
-    const struct { float **p; int64_t width; } wanted[] = {
-        {&s->x, m->dim}, {&s->normed, m->dim}, {&s->out, m->dim}, {&s->input, m->dim},
-        {&s->sum, m->dim}, {&s->q, q}, {&s->att, q}, {&s->k, kv}, {&s->v, kv}, {&s->k_sum, kv},
-        {&s->v_sum, kv}, {&s->gate, m->hidden}, {&s->up, m->hidden}};
-    enum { PIECES = sizeof wanted / sizeof *wanted };
-    int64_t width = 0;
-    for (int i = 0; i < PIECES; i++) width += wanted[i].width;
-    release(s->work);
-    s->work_rows = 0;
-    s->work = NULL;
-    s->work = allocate(n * width, sizeof(float), "activations of a batch");
-    s->work_rows = n;
-    float *at = s->work;
-    for (int i = 0; i < PIECES; at += n * wanted[i++].width) *wanted[i].p = at;
-}
-
-// Starts a pass: the rows' embeddings in s->x.
-static void embed(Session *s) {
-    const Model *m = s->model;
-    int64_t d = m->dim, half = m->head_dim / 2;
-    session_room(s);
-    #pragma omp parallel for if (worth_threads(s->batch.n_rows * d))
-    for (int64_t r = 0; r < s->batch.n_rows; r++) {
-        widen(s->x + r * d, &m->embed, s->batch.token[r]);
-        if (m->arch == LLAMA) {
-            for (int64_t i = 0; i < half; i++) {
-                double angle = (double)((float)s->batch.position[r] * m->rope_frequency[i]);
-                s->batch.rope[(r * half + i) * 2] = (float)cos(angle);
-                s->batch.rope[(r * half + i) * 2 + 1] = (float)sin(angle);
-            }
-            continue;
-        }
-        float *position = s->normed + r * d, *segment = s->out + r * d;
-        widen(segment, &m->segments, s->batch.segment[r]);
-        widen(position, &m->positions, s->batch.position[r]);
-        for (int64_t i = 0; i < d; i++) {
-            s->x[r * d + i] = s->x[r * d + i] + segment[i] + position[i];
-        }
-    }
-    if (m->arch == BERT) {
-        layer_norm(s->x, NULL, m->embed_norm, m->embed_norm_bias, m->norm_eps, s->batch.n_rows, d);
-    }
-    if (s->listener) s->listener(s, s->listener_data);
-}
-
-// Ends a pass: the batch's rows now belong to their sequences, and the batch is empty.
-static void batch_commit(Session *s) {
-    for (int64_t i = 0; i < s->batch.n_runs; i++) {
-        Sequence *q = &s->sequences[s->batch.runs[i].sequence];
-        q->length += q->pending;
-        q->pending = 0;
-    }
-    s->batch.n_rows = s->batch.n_runs = 0;
-}
-
-// Runs the rows of the batch through the steps of a schedule. Afterwards s->x holds their hidden
-// states, [rows][dim], before the final norm; logits() and batch_commit() usually follow.
-static void forward(Session *s, const Schedule *schedule) {
-    embed(s);
-    for (int64_t i = 0, slot = 0; i < schedule->n_steps; i++) {
-        int64_t n = schedule->first[i + 1] - schedule->first[i];
-        run_step(s, schedule->layer + schedule->first[i], n, slot);
-        slot += step_slots(s, n);
-    }
+    if (s->kv_mean) cache_store(s, i, s->k_mean, s->v_mean);
+    float *x = s->x;
+    s->x = s->mean;
+    s->mean = x;
 }
 
 // Slots of the cache that a schedule takes.
@@ -2049,10 +1892,62 @@ static int64_t schedule_slots(const Session *s, const Schedule *schedule) {
     return s->kv_mean ? schedule->n_steps : schedule->n_slots;
 }
 
-// A copy of chosen rows of x: [n][dim].
+// Gives the working memory room for the rows of the batch.
+static void session_room(Session *s) {
+    const Model *m = s->model;
+    int64_t d = m->dim, q = (int64_t)m->n_heads * m->head_dim, hidden = m->hidden;
+    int64_t kv = (int64_t)m->n_kv_heads * m->head_dim, width = 0;
+    int64_t n = (s->batch.n_rows + 15) / 16 * 16;
+    const struct { float **p; int64_t width; } pieces[] = {
+        {&s->x, d}, {&s->y, d}, {&s->mean, d}, {&s->h, d}, {&s->q, q}, {&s->att, q}, {&s->k, kv},
+        {&s->v, kv}, {&s->k_mean, kv}, {&s->v_mean, kv}, {&s->gate, hidden}, {&s->up, hidden},
+        {&s->rope, m->head_dim}};
+    enum { PIECES = sizeof pieces / sizeof *pieces };
+    for (int i = 0; i < PIECES; i++) width += pieces[i].width;
+    if (n > s->work_rows) {
+        float *work = allocate(n, width * (int64_t)sizeof *work, "activations of a batch");
+        release(s->work);
+        s->work = work;
+        s->work_rows = n;
+    }
+    float *at = s->work;
+    for (int i = 0; i < PIECES; at += n * pieces[i++].width) *pieces[i].p = at;
+}
+
+// Starts a pass: the rows' embeddings in s->x, and how far their positions turn.
+static void embed(Session *s) {
+    const Model *m = s->model;
+    int64_t n = s->batch.n_rows, d = m->dim, half = m->head_dim / 2;
+    session_room(s);
+    #pragma omp parallel for if (n * d > WORTH_THREADS)
+    for (int64_t r = 0; r < n; r++) {
+        const Token *token = &s->batch.tokens[r];
+        float *x = s->x + r * d, *position = s->y + r * d, *segment = s->h + r * d;
+        widen(x, &m->embed, token->id);
+        for (int64_t i = 0; i < half && m->arch == LLAMA; i++) {
+            double angle = (double)((float)token->position * m->rope_frequency[i]);
+            s->rope[(r * half + i) * 2] = (float)cos(angle);
+            s->rope[(r * half + i) * 2 + 1] = (float)sin(angle);
+        }
+        if (m->arch == LLAMA) continue;
+        widen(segment, &m->segments, token->segment);
+        widen(position, &m->positions, token->position);
+        for (int64_t i = 0; i < d; i++) x[i] = x[i] + segment[i] + position[i];
+    }
+    if (m->arch == BERT) layer_norm(s->x, &m->embed_norm, m, n);
+}
+
+// Runs the rows of the batch through the steps of a schedule. After each, s->x holds their hidden
+// states, [rows][dim], before the final norm; logits() and batch_commit() usually follow.
+static void forward(Session *s, const Schedule *schedule) {
+    embed(s);
+    for (int64_t i = 0; i < schedule->n_steps; i++) run_step(s, schedule, i);
+}
+
+// A copy of chosen rows of x, [n][dim], and behind it room for as much again.
 static float *pick_rows(const Session *s, const int64_t *rows, int64_t n) {
     int64_t d = s->model->dim;
-    float *picked = allocate(n * d, sizeof *picked, "rows to score");
+    float *picked = allocate(2 * n * d, sizeof *picked, "rows to score");
     for (int64_t i = 0; i < n; i++) {
         memcpy(picked + i * d, s->x + rows[i] * d, (size_t)d * sizeof *picked);
     }
@@ -2063,148 +1958,130 @@ static float *pick_rows(const Session *s, const int64_t *rows, int64_t n) {
 // head. out: [n][vocab].
 static void logits(Session *s, const int64_t *rows, int64_t n, float *out) {
     const Model *m = s->model;
-    int64_t d = m->dim;
-    float *picked = pick_rows(s, rows, n);
-    float *hidden = allocate(n * d, sizeof *hidden, "rows to score");
-    if (m->arch == LLAMA) {
-        rms_norm(hidden, picked, m->norm, m->norm_eps, n, d);
-        matmul(out, hidden, &m->output, NULL, n);
-    } else {
-        if (!m->has_mlm) die("%s: has no masked-LM head; export a checkpoint with one", m->path);
-        matmul(hidden, picked, &m->mlm, m->mlm_bias, n);
-        gelu(hidden, n * d);
-        layer_norm(hidden, NULL, m->mlm_norm, m->mlm_norm_bias, m->norm_eps, n, d);
-        matmul(out, hidden, &m->mlm_out, m->mlm_out_bias, n);
+    if (m->arch == BERT && !m->has_mlm) {
+        die("%s: has no masked-LM head; export a checkpoint with one", m->path);
     }
-    release(picked);
-    release(hidden);
+    float *x = pick_rows(s, rows, n), *h = x + n * m->dim;
+    if (m->arch == LLAMA) {
+        rms_norm(h, x, &m->norm, m, n);
+        matmul(out, h, &m->output, n);
+    } else {
+        matmul(h, x, &m->mlm, n);
+        gelu(h, n * m->dim);
+        layer_norm(h, &m->mlm_norm, m, n);
+        matmul(out, h, &m->mlm_out, n);
+    }
+    release(x);
 }
 
 // BERT's pooled output of chosen rows (those of [CLS]): tanh of a dense layer. out: [n][dim].
 static void pooled(Session *s, const int64_t *rows, int64_t n, float *out) {
     const Model *m = s->model;
-    int64_t d = m->dim;
     if (!m->has_pooler) die("%s: has no pooler; export a checkpoint with one", m->path);
-    float *picked = pick_rows(s, rows, n);
-    matmul(out, picked, &m->pooler, m->pooler_bias, n);
-    for (int64_t i = 0; i < n * d; i++) out[i] = tanhf(out[i]);
-    release(picked);
+    float *x = pick_rows(s, rows, n);
+    matmul(out, x, &m->pooler, n);
+    for (int64_t i = 0; i < n * m->dim; i++) out[i] = tanhf(out[i]);
+    release(x);
 }
 
 // 8-bit weights: groups of 32 along a row share a scale, the largest magnitude over 127.
 
-// float16 nearest to f, which is not negative and below 65520.
+// float16 nearest to f, which is not negative; infinity where that is too large.
 static uint16_t to_f16(float f) {
-    uint32_t bits;
-    if (f < 0x1p-14f) return (uint16_t)lrintf(f * 0x1p24f);
-    memcpy(&bits, &f, sizeof bits);
-    return (uint16_t)((bits + 0xfff + (bits >> 13 & 1)) >> 13) - (112 << 10);
+    int exponent;
+    if (!(f < 65520)) return 0x7c00;
+    frexpf(f, &exponent);
+    if (f < 0x1p-14f) exponent = -13;           // subnormal, or zero
+    return (uint16_t)(((exponent + 13) << 10) + lrintf(ldexpf(f, 11 - exponent)));
 }
 
-// One row in 8 bits. error[0] and error[1] become the sums of squares of what is lost and of all.
-static void quantize_row(int8_t *q, uint16_t *scale, const float *x, int64_t n, double *error) {
-    error[0] = error[1] = 0;
+// One row in 8 bits. squares[0] becomes the sum of the squares of what is lost, squares[1] that of
+// the weights; they are no numbers where a weight is none, or too large.
+static void quantize_row(int8_t *q, uint16_t *scale, const float *x, int64_t n, double *squares) {
+    squares[0] = squares[1] = 0;
     for (int64_t from = 0; from < n; from += 32) {
         int64_t to = n - from < 32 ? n : from + 32;
         float largest = 0;
-        for (int64_t i = from; i < to; i++) {
-            if (!(fabsf(x[i]) <= largest)) largest = fabsf(x[i]);
-        }
-        if (!(largest < 127 * 65504.0f)) error[0] = INFINITY;   // too large, or not a number
-        scale[from / 32] = to_f16(largest < 127 * 65504.0f ? largest / 127 : 0);
+        for (int64_t i = from; i < to; i++) largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
+        scale[from / 32] = to_f16(largest / 127);
         float step = from_f16(scale[from / 32]);
         for (int64_t i = from; i < to; i++) {
             float steps = step > 0 ? x[i] / step : 0;
             q[i] = (int8_t)lrintf(steps > 127 ? 127 : steps < -127 ? -127 : steps);
             double lost = (double)x[i] - (double)(step * q[i]);
-            error[0] += lost * lost;
-            error[1] += (double)x[i] * (double)x[i];
+            squares[0] += lost * lost;
+            squares[1] += (double)x[i] * (double)x[i];
         }
     }
 }
 
-// Appends a matrix in 8 bits; returns the root of the mean squared error over that of the weights.
-static double write_quantized(FILE *f, const Tensor *w, const char *name) {
-    enum { BLOCK = 256 };                   // rows in memory at a time
-    int64_t groups = (w->cols + 31) / 32, padding = (64 - w->rows * w->cols % 64) % 64;
-    float *wide = allocate(BLOCK * w->cols, sizeof *wide, name);
-    int8_t *q = allocate(BLOCK * w->cols, sizeof *q, name);
-    uint16_t *scale = allocate(w->rows * groups, sizeof *scale, name);
-    double *error = allocate(BLOCK * 2, sizeof *error, name), sum[2] = {0};
-    for (int64_t from = 0; from < w->rows; from += BLOCK) {
-        int64_t rows = w->rows - from < BLOCK ? w->rows - from : BLOCK;
-        #pragma omp parallel for if (worth_threads(rows * w->cols))
-        for (int64_t r = 0; r < rows; r++) {
-            widen(wide + r * w->cols, w, from + r);
-            quantize_row(q + r * w->cols, scale + (from + r) * groups, wide + r * w->cols, w->cols,
-                         error + 2 * r);
-        }
-        for (int64_t i = 0; i < 2 * rows; i++) sum[i % 2] += error[i];
-        fwrite(q, 1, (size_t)(rows * w->cols), f);
+// A matrix in 8 bits, as files hold it. *error becomes the root of the mean squared error over that
+// of the weights.
+static char *quantize(const Tensor *w, double *error) {
+    int64_t n = w->cols, groups = (n + 31) / 32;
+    char *out = allocate(stored_bytes(Q8, w->rows, n), 1, "8-bit weights");
+    uint16_t *scale = (void *)(out + (w->rows * n + 63) / 64 * 64);
+    double *squares = allocate(w->rows, 2 * sizeof *squares, "errors"), sum[2] = {0};
+    #pragma omp parallel for if (w->rows * n > WORTH_THREADS)
+    for (int64_t r = 0; r < w->rows; r++) {
+        float *x = allocate(n, sizeof *x, "a row of weights");
+        widen(x, w, r);
+        quantize_row((int8_t *)out + r * n, scale + r * groups, x, n, squares + 2 * r);
+        release(x);
     }
-    fwrite((char[64]){0}, 1, (size_t)padding, f);
-    fwrite(scale, sizeof *scale, (size_t)(w->rows * groups), f);
-    release(wide);
-    release(q);
-    release(scale);
-    release(error);
-    return sum[1] > 0 ? sqrt(sum[0] / sum[1]) : sum[0];
+    for (int64_t i = 0; i < 2 * w->rows; i++) sum[i % 2] += squares[i];
+    release(squares);
+    *error = sum[1] > 0 ? sqrt(sum[0] / sum[1]) : sum[0];
+    return out;
 }
 
-// Writes the model to `path` with every matrix in 8 bits and all else as it is, and prints what each
-// lost. It grows under another name and takes its own at the end.
+// Writes the model to `path` with every matrix in 8 bits and all else as it is, and prints what
+// each lost. The file grows under another name and takes its own at the end.
 static void model_quantize(const Model *m, const char *path) {
     int64_t header_bytes = read_i64(m->file + 24), end = header_bytes;
     unsigned char *header = allocate(header_bytes, 1, "header");
     memcpy(header, m->file, (size_t)header_bytes);
-    for (int i = 0; i < m->n_tensors; i++) {
-        unsigned char *e = header + 192 + 96 * (int64_t)i;
-        uint32_t type = read_u32(e + 60) == 2 ? Q8 : read_u32(e + 56);
-        int64_t bytes = stored_bytes((int)type, m->tensors[i].rows, m->tensors[i].cols);
-        memcpy(e + 56, &type, sizeof type);
-        memcpy(e + 80, &end, sizeof end);
-        memcpy(e + 88, &bytes, sizeof bytes);
-        end += (bytes + 63) / 64 * 64;
-    }
-    memcpy(header + 16, &end, sizeof end);
-    uint32_t checksum = header_checksum(header, header_bytes);
-    memcpy(header + 32, &checksum, sizeof checksum);
-
     Text aside = {0};
     text_printf(&aside, "%s.tmp", path);
     FILE *f = fopen(aside.s, "wb");
     if (!f) die("%s: cannot be written: %s; choose another place", path, strerror(errno));
-    bool good = fwrite(header, 1, (size_t)header_bytes, f) > 0;
-    const char *bad = NULL;
+    fwrite(header, 1, (size_t)header_bytes, f);         // keeps the place of what it becomes
     printf("%-24s %8s x %-8s  relative error\n", "matrix", "rows", "columns");
-    for (int i = 0; i < m->n_tensors && good && !bad; i++) {
-        const char *name = tensor_name(m, i);
+    const char *bad = NULL;
+    for (int i = 0; i < m->n_tensors && !bad && !ferror(f); i++) {
         const Tensor *w = &m->tensors[i];
-        const unsigned char *e = header + 192 + 96 * (int64_t)i;
-        int64_t bytes = read_i64(e + 88);
-        if (read_u32(e + 60) == 2 && w->type != Q8) {
-            double error = write_quantized(f, w, name);
+        const char *name = tensor_name(m, i);
+        unsigned char *entry = header + (name - (const char *)m->file);
+        uint32_t type = read_u32(entry + 60) == 2 ? Q8 : (uint32_t)w->type;
+        int64_t bytes = stored_bytes((int)type, w->rows, w->cols), padded = (bytes + 63) / 64 * 64;
+        char *q8 = NULL;
+        if (type == Q8 && w->type != Q8) {
+            double error;
+            q8 = quantize(w, &error);
             printf("%-24s %8lld x %-8lld  %.5f\n", name, (long long)w->rows, (long long)w->cols,
                    error);
-            fflush(stdout);
             if (!(error < INFINITY)) bad = name;
-        } else {
-            fwrite(w->data, 1, (size_t)bytes, f);
         }
-        fwrite((char[64]){0}, 1, (size_t)((64 - bytes % 64) % 64), f);
-        good = !ferror(f);
+        fwrite(q8 ? q8 : w->data, 1, (size_t)bytes, f);
+        fwrite((char[64]){0}, 1, (size_t)(padded - bytes), f);
+        release(q8);
+        memcpy(entry + 56, &type, sizeof type);
+        memcpy(entry + 80, (int64_t[]){end, bytes}, 16);
+        end += padded;
     }
-    if (fclose(f)) good = false;
-    if (bad || !good || rename(aside.s, path)) {
+    memcpy(header + 16, &end, sizeof end);
+    uint32_t checksum = header_checksum(header, header_bytes);
+    memcpy(header + 32, &checksum, sizeof checksum);
+    bool good = !fseek(f, 0, SEEK_SET) && fwrite(header, 1, (size_t)header_bytes, f) && !ferror(f);
+    if (fclose(f) || !good || bad || rename(aside.s, path)) {
         int reason = errno;
         remove(aside.s);
         if (bad) die("%s: tensor %s: has weights that are not numbers of 8 bits; leave it as it is",
                      m->path, bad);
-        die("%s: cannot be written: %s; free space or choose another place", path, strerror(reason));
+        die("%s: cannot be written: %s; free space or choose another place", path,
+            strerror(reason));
     }
     warn("%s: %.1f MB, of %.1f MB", path, (double)end / 1e6, (double)m->bytes / 1e6);
-    release(aside.s);
-    release(header);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -2221,9 +2098,10 @@ static void model_quantize(const Model *m, const char *path) {
 //                              (lower case, accents) and cut at spaces, punctuation and CJK; each
 //                              word is covered by the longest pieces that fit, from the left.
 //
-// What a space, an accent or a lower-case letter is, C does not know: export.py writes what
-// Python's unicodedata says into the model file, as ranges of code points with one rule each.
-// The tokenizer section of a model file (little-endian, nothing aligned):
+// Both find their pieces in one trie. What a space, an accent or a lower-case letter is, C does
+// not know: export.py writes what Python's unicodedata says into the model file, as ranges of code
+// points with one rule each. The tokenizer section of a model file (little-endian, nothing
+// aligned):
 //
 //   u32 n_tokens, then for each token  f32 score, u32 type, u32 length, `length` bytes
 //   WordPiece: u32 n_ranges, u32 n_strings,
@@ -2257,38 +2135,40 @@ enum {                      // what a code point does to a WordPiece text
 };
 
 typedef struct {
-    const char *text;       // lies in the model file; no NUL behind it
+    const char *text;       // as decode() gives it back; no NUL behind it
     int length, type;
     float score;
 } Piece;
 
-typedef struct {
-    uint32_t first;         // code point
-    int rule, value;
-} Range;
+enum { NOWHERE, PIECES, VERBATIM, BYTES, N_ROOTS };     // nodes: no node, and three roots
+
+typedef struct {            // a node of the trie; its index in the hash table is its number
+    uint32_t key;           // its parent's number << 8 | the byte that leads to it; 0: a free place
+    int id;                 // of the piece that ends here; -1: none
+} Node;
 
 typedef struct Tokenizer {
     int kind;               // SENTENCEPIECE or WORDPIECE
     int n_tokens;           // at most the model's vocabulary
     int unk;                // WordPiece: the id of a word that no pieces cover
-    bool cut;               // SentencePiece: no piece reaches from one word into the next
-    int longest;            // piece, in bytes
-    int verbatim[256];      // the same of those taken verbatim that start with this byte; 0: none
-    int byte_id[256];       // SentencePiece: ids of the byte tokens
     Piece *piece;           // [n_tokens]
-    int *slot;              // [slots] hash table of ids, open addressing; -1: empty
-    uint32_t slots;         // a power of two
-    Range *range;           // [n_ranges] WordPiece: the Unicode table
-    uint32_t *string;       // [n_strings]
-    int64_t n_ranges, n_strings;
+    Node *node;             // [n_nodes] hash table, open addressing
+    uint32_t n_nodes;       // a power of two
+    uint32_t inside;        // WordPiece: the node of "##", where pieces inside a word begin
+    int byte_id[256];       // SentencePiece: ids of the byte tokens
+    char bytes[256];        // and their texts
+    bool joined[1 << 16];   // SentencePiece, by pair_hash(): may a piece have these two in a row?
+    uint32_t *fold;         // WordPiece: [0x110000] of each code point the rule << 24 | what it
+                            // becomes: a code point, class, index of a string, Hangul syllable
+    const unsigned char *strings;       // [n_strings] u32, in the model file
 } Tokenizer;
 
 #define WORD_SPACE "\xe2\x96\x81"   // U+2581: sentencepiece's visible space
 enum {
+    CODE_POINTS = 0x110000,
     WORD_CHARS = 100,       // WordPiece: a word of more characters is unknown
     LONGEST_PIECE = 4000,   // bytes
-    LONGEST_VERBATIM = 255,
-    LONGEST_STRING = 8      // code points that one can become
+    LONGEST_VERBATIM = 255
 };
 
 // Reads the code point at s, n > 0 bytes before the end of the text, and returns its length. A
@@ -2299,7 +2179,7 @@ static int utf8_read(const char *s, int64_t n, uint32_t *code) {
     int length = *p < 0xC0 ? 1 : *p < 0xE0 ? 2 : *p < 0xF0 ? 3 : 4, i = 1;
     uint32_t c = length > 1 ? *p & 0xFFu >> length : *p < 0x80 ? *p : UINT32_MAX;
     for (; i < length && i < n && (p[i] & 0xC0) == 0x80; i++) c = c << 6 | (p[i] & 0x3F);
-    bool good = i == length && c >= least[length] && c <= 0x10FFFF && c >> 11 != 0xD800 >> 11;
+    bool good = i == length && c >= least[length] && c < CODE_POINTS && c >> 11 != 0xD800 >> 11;
     *code = good ? c : 0xFFFD;
     return good ? length : 1;
 }
@@ -2312,39 +2192,34 @@ static int utf8_write(char *s, uint32_t c) {
     return n;
 }
 
-// The slot of a text: its piece's, or the empty one where it would go.
-static int *slot_of(const Tokenizer *t, const char *s, int64_t n) {
-    uint32_t hash = 2166136261u;        // FNV-1a
-    for (int64_t i = 0; i < n; i++) hash = (hash ^ (unsigned char)s[i]) * 16777619u;
-    for (hash ^= hash >> 16;; hash++) {
-        int *slot = &t->slot[hash & (t->slots - 1)];
-        if (*slot < 0) return slot;
-        const Piece *p = &t->piece[*slot];
-        if (p->length == n && !memcmp(p->text, s, (size_t)n)) return slot;
+// The node that s[0 .. n) leads to from another; NOWHERE where there is none, unless it is to be
+// added.
+static uint32_t trie_walk(const Tokenizer *t, uint32_t node, const char *s, int64_t n, bool add) {
+    for (; n > 0 && node; s++, n--) {
+        uint32_t key = node << 8 | (unsigned char)*s, mask = t->n_nodes - 1;
+        uint32_t i = (uint32_t)(key * 0x9e3779b97f4a7c15u >> 32) & mask;
+        while (t->node[i].key && t->node[i].key != key) i = (i + 1) & mask;
+        if (add && !t->node[i].key) t->node[i] = (Node){key, -1};
+        node = t->node[i].key ? i : NOWHERE;
     }
+    return node;
 }
 
-static bool is_verbatim(const Tokenizer *t, const Piece *p) {
-    return p->type == PIECE_VERBATIM || (p->type == PIECE_CONTROL && t->kind == WORDPIECE);
-}
-
-// The longest piece, of more than `least` bytes, that s[0 .. n) starts with, n > 0: one taken
-// verbatim, or one of a word. -1: none.
-static int longest_piece(const Tokenizer *t, const char *s, int64_t n, int least, bool verbatim) {
-    int longest = verbatim ? t->verbatim[(unsigned char)*s] : t->longest;
-    for (n = n < longest ? n : longest; n > least; n--) {
-        int id = *slot_of(t, s, n);
-        if (id < 0) continue;
-        const Piece *p = &t->piece[id];
-        if (verbatim ? is_verbatim(t, p) : p->type != PIECE_VERBATIM) return id;
+// The longest piece below a node that s[0 .. n) starts with, and its length; -1: none.
+static int longest_piece(const Tokenizer *t, uint32_t node, const char *s, int64_t n,
+                         int64_t *length) {
+    int id = -1;
+    for (int64_t i = 0; i < n && (node = trie_walk(t, node, s + i, 1, false)); i++) {
+        if (t->node[node].id < 0) continue;
+        id = t->node[node].id;
+        *length = i + 1;
     }
-    return -1;
+    return id;
 }
 
-// Does a word start at s[at]: a U+2581 with something else before it?
-static bool word_starts(const char *s, int64_t n, int64_t at) {
-    return at > 0 && n - at >= 3 && !memcmp(s + at, WORD_SPACE, 3)
-        && (at < 3 || memcmp(s + at - 3, WORD_SPACE, 3));
+// Where `joined` keeps a pair of code points. Pairs that share a place cost time, nothing else.
+static uint32_t pair_hash(uint32_t a, uint32_t b) {
+    return (a * 0x9e3779b1u ^ b) * 0x85ebca6bu >> 16;
 }
 
 // --- Loading -------------------------------------------------------------------------------------
@@ -2356,10 +2231,9 @@ typedef struct {            // where the reader stands in the tokenizer section
 } SectionReader;
 
 static void section_check(const SectionReader *r, bool good, const char *fault) {
-    if (!good) {
-        die("%s: tokenizer, byte %lld of %lld: %s; export the model again", r->file,
-            (long long)r->at, (long long)r->bytes, fault);
-    }
+    if (good) return;
+    die("%s: tokenizer, byte %lld of %lld: %s; export the model again", r->file,
+        (long long)r->at, (long long)r->bytes, fault);
 }
 
 static const unsigned char *section_take(SectionReader *r, int64_t n) {
@@ -2370,189 +2244,149 @@ static const unsigned char *section_take(SectionReader *r, int64_t n) {
 
 static uint32_t section_u32(SectionReader *r) { return read_u32(section_take(r, 4)); }
 
-// The value of a byte token's text, <0x00> to <0xFF>; above 255 if it is something else.
-static unsigned byte_value(const Piece *p) {
-    char text[7] = {0};
-    unsigned value;
-    memcpy(text, p->text, p->length == 6 ? 6 : 0);
-    return sscanf(text, "<0x%2X>", &value) == 1 ? value : 256;
-}
-
-// Reads token i and enters it into the tables that its type asks for.
+// Reads token i and enters it where its type says that encode() will look for it.
 static void load_piece(Tokenizer *t, SectionReader *r, int i) {
-    Piece *p = &t->piece[i];
     bool sentencepiece = t->kind == SENTENCEPIECE;
-    uint32_t score = section_u32(r), type = section_u32(r), length = section_u32(r);
-    p->text = (const char *)section_take(r, length);
-    p->length = (int)length;
-    p->type = (int)type;
-    memcpy(&p->score, &score, 4);
-    section_check(r, isfinite(p->score), "a score that is not a number");
+    const unsigned char *head = section_take(r, 12);
+    uint32_t type = read_u32(head + 4), length = read_u32(head + 8), code, before = 0;
+    const char *text = (const char *)section_take(r, length);
+    bool special = !sentencepiece && type == PIECE_CONTROL;
+    bool verbatim = special || type == PIECE_VERBATIM;
     section_check(r, type >= PIECE_NORMAL && type <= PIECE_BYTE && type != PIECE_UNUSED,
                   "a token of a type that is not 1, 2, 3, 4 or 6");
-    bool verbatim = is_verbatim(t, p);
     section_check(r, length <= (verbatim ? LONGEST_VERBATIM : LONGEST_PIECE), "a token too long");
-    section_check(r, length || !(sentencepiece || verbatim), "an empty token");
-    if (sentencepiece && p->type == PIECE_BYTE) {
-        unsigned byte = byte_value(p);
-        section_check(r, byte < 256 && t->byte_id[byte] < 0, "a byte token that is wrong");
-        t->byte_id[byte] = i;
+    section_check(r, (r->bytes - r->at) / 12 >= t->n_tokens - 1 - i, "the tokens after it cannot fit");
+    // Of equal texts the last one counts, as in vocab.txt.
+    if (type == PIECE_NORMAL || special) t->node[trie_walk(t, PIECES, text, length, true)].id = i;
+    if (verbatim) t->node[trie_walk(t, VERBATIM, text, length, true)].id = i;
+    if (type == PIECE_BYTE) t->node[trie_walk(t, BYTES, text, length, true)].id = i;
+    for (int64_t k = 0; type == PIECE_NORMAL && k < length; before = code) {
+        k += utf8_read(text + k, length - k, &code);
+        t->joined[pair_hash(before, code)] = true;
     }
-    if (p->type != PIECE_NORMAL && !verbatim) return;
-    int *slot = slot_of(t, p->text, length), *longest = &t->longest;
-    section_check(r, !sentencepiece || *slot < 0, "a token with the text of an earlier one");
-    *slot = i;                          // WordPiece: the last of equal lines in vocab.txt counts
-    if (p->length > *longest) *longest = p->length;
-    if (verbatim) longest = &t->verbatim[(unsigned char)p->text[0]];
-    if (p->length > *longest) *longest = p->length;
-    for (int k = 0; k < p->length; k++) t->cut &= !word_starts(p->text, p->length, k);
-}
-
-// Is range i in its place, and its value one that the rule can have?
-static bool good_range(const Tokenizer *t, int64_t i) {
-    const Range *r = &t->range[i];
-    int64_t first = r->first, last = i + 1 < t->n_ranges ? (int64_t)r[1].first - 1 : 0x10FFFF;
-    bool mark = r->rule == RULE_COMBINING, string = r->rule == RULE_STRING;
-    int64_t least = mark ? 1 : string ? 0 : -first;
-    int64_t most = mark ? 255 : string ? t->n_strings - 1 : 0x10FFFF - last;
-    return r->rule < N_RULES && first <= last && last <= 0x10FFFF && (i > 0 || first == 0)
-        && r->value >= least && r->value <= most
-        && (r->rule != RULE_HANGUL || (first >= 0xAC00 && last <= 0xD7A3))
-        && (!string || (t->string[r->value] <= LONGEST_STRING
-                        && t->string[r->value] < t->n_strings - r->value));
+    Piece *p = &t->piece[i];
+    *p = (Piece){text, (int)length, (int)type, 0};
+    memcpy(&p->score, head, 4);
+    section_check(r, isfinite(p->score), "a score that is not a number");
+    if (sentencepiece && type == PIECE_CONTROL) p->length = 0;
+    if (sentencepiece && type == PIECE_UNKNOWN) *p = (Piece){" \xe2\x81\x87 ", 5, (int)type, 0};
 }
 
 // Reads the Unicode table of a WordPiece section.
-static void load_ranges(Tokenizer *t, SectionReader *r) {
-    t->n_ranges = section_u32(r);
-    t->n_strings = section_u32(r);
-    section_check(r, t->n_ranges > 0 && t->n_ranges * 8 + t->n_strings * 4 == r->bytes - r->at,
-                  "the Unicode table has another size than it says");
-    t->range = allocate(t->n_ranges, sizeof *t->range, "Unicode ranges");
-    t->string = allocate(t->n_strings, sizeof *t->string, "Unicode strings");
-    for (int64_t i = 0; i < t->n_ranges; i++) {
-        uint32_t packed = section_u32(r), value = section_u32(r);
-        t->range[i] = (Range){packed & 0xFFFFFF, (int)(packed >> 24), (int32_t)value};
+static void load_fold(Model *m, Tokenizer *t, SectionReader *r) {
+    int64_t n_ranges = section_u32(r), n_strings = section_u32(r);
+    const unsigned char *range = section_take(r, 8 * n_ranges), *last = range + 8 * (n_ranges - 1);
+    t->strings = section_take(r, 4 * n_strings);
+    for (int64_t i = 0; i < n_strings; i++) {
+        section_check(r, read_u32(t->strings + 4 * i) < CODE_POINTS, "a string of no code points");
     }
-    for (int64_t i = 0; i < t->n_strings; i++) {
-        t->string[i] = section_u32(r);
-        section_check(r, t->string[i] <= 0x10FFFF, "a string of something else than code points");
+    section_check(r, n_ranges && !(read_u32(range) & 0xFFFFFF), "no Unicode range starts at 0");
+    t->fold = model_allocate(m, CODE_POINTS, sizeof *t->fold, "Unicode table");
+    for (int64_t code = 0; code < CODE_POINTS; code++) {
+        if (range < last && (read_u32(range + 8) & 0xFFFFFF) == code) range += 8;
+        uint32_t rule = read_u32(range) >> 24;
+        int64_t value = (int32_t)read_u32(range + 4);
+        if (rule == RULE_LETTER || rule == RULE_ALONE) value += code;
+        if (rule == RULE_HANGUL) value += code - 0xAC00;
+        bool string = rule == RULE_STRING;
+        bool good = rule < N_RULES && value >= 0 && value < (string ? n_strings : CODE_POINTS);
+        if (good && string) good = read_u32(t->strings + 4 * value) < n_strings - value;
+        section_check(r, good, "a Unicode rule that is unknown, or a value that it cannot have");
+        t->fold[code] = rule << 24 | (uint32_t)value;
     }
-    for (int64_t i = 0; i < t->n_ranges; i++) {
-        section_check(r, good_range(t, i), "a Unicode range out of order or of bounds");
-    }
+    section_check(r, range == last, "a Unicode range out of order or of bounds");
 }
 
-// Reads and checks the tokenizer section of a model file, whose bytes must outlive the tokenizer;
-// `kind` and `unk` come from the file's header. Dies naming file, place, fault and mend.
-static void tokenizer_load(Tokenizer *t, const char *file, int kind, const unsigned char *data,
-                           int64_t bytes, int vocab_size, int unk) {
-    SectionReader r = {file, data, 0, bytes};
-    *t = (Tokenizer){.kind = kind, .unk = unk, .cut = true, .slots = 16};
-    int64_t n = section_u32(&r);
-    section_check(&r, n > 0 && n <= vocab_size && n <= bytes / 12,
+// Reads and checks the tokenizer section of a model's file; kind and [UNK] stand in the header.
+static void tokenizer_load(Model *m, const unsigned char *section, int64_t bytes) {
+    Tokenizer *t = m->tokenizer = model_allocate(m, 1, sizeof *t, "tokenizer");
+    SectionReader r = {m->path, section, 0, bytes};
+    int64_t n = section_u32(&r), most_nodes = 2 * (bytes - 12 * n) + N_ROOTS;
+    section_check(&r, n > 0 && n <= m->vocab_size && n <= bytes / 12,
                   "as many tokens as neither the section nor the vocabulary holds");
-    section_check(&r, kind == SENTENCEPIECE || (unk >= 0 && unk < n), "no token is [UNK]");
-    t->n_tokens = (int)n;
-    t->piece = allocate(n, sizeof *t->piece, "pieces");
-    while (t->slots < 2 * n) t->slots *= 2;
-    t->slot = allocate(t->slots, sizeof *t->slot, "hash table of pieces");
-    memset(t->slot, -1, t->slots * sizeof *t->slot);
-    memset(t->byte_id, -1, sizeof t->byte_id);
+    section_check(&r, most_nodes < 1 << 23, "tokens of over 4 MB in all");
+    section_check(&r, m->tokenizer_kind == SENTENCEPIECE || (m->unk >= 0 && m->unk < n),
+                  "no token is [UNK]");
+    *t = (Tokenizer){.kind = m->tokenizer_kind, .n_tokens = (int)n, .unk = m->unk, .n_nodes = 16};
+    t->piece = model_allocate(m, n, sizeof *t->piece, "pieces");
+    while (t->n_nodes <= most_nodes) t->n_nodes *= 2;
+    t->node = model_allocate(m, t->n_nodes, sizeof *t->node, "trie of pieces");
+    for (int i = 0; i < N_ROOTS; i++) t->node[i] = (Node){UINT32_MAX, -1};
     for (int i = 0; i < n; i++) load_piece(t, &r, i);
-    if (kind == WORDPIECE) load_ranges(t, &r);
-    for (int i = 0; kind == SENTENCEPIECE && i < 256; i++) {
-        section_check(&r, t->byte_id[i] >= 0, "a byte of the 256 has no token (no byte fallback)");
+    if (t->kind == WORDPIECE) load_fold(m, t, &r);
+    t->inside = trie_walk(t, PIECES, "##", 2, false);
+    for (int i = 0; t->kind == SENTENCEPIECE && i < 256; i++) {
+        char name[8];
+        snprintf(name, sizeof name, "<0x%02X>", (unsigned char)i);
+        int id = t->byte_id[i] = t->node[trie_walk(t, BYTES, name, 6, false)].id;
+        section_check(&r, id >= 0, "a byte of the 256 has no token (no byte fallback)");
+        t->bytes[i] = (char)i;
+        t->piece[id] = (Piece){&t->bytes[i], 1, PIECE_BYTE, 0};
     }
     section_check(&r, r.at == bytes, "too many bytes");
 }
 
-static void tokenizer_free(Tokenizer *t) {
-    release(t->piece);
-    release(t->slot);
-    release(t->range);
-    release(t->string);
-    *t = (Tokenizer){0};
-}
-
 // --- SentencePiece BPE ---------------------------------------------------------------------------
 
-typedef struct {            // a run of bytes of the text, a piece in the making
-    int64_t bytes;          // 0: merged into one before it
-    int64_t left;           // where its left neighbour starts
-    float score;            // of the piece that it and its right neighbour make, or -INFINITY
+typedef struct {            // some bytes of the text, a piece in the making
+    int bytes;              // 0: merged into one before it
+    int left;               // bytes of its left neighbour
+    uint32_t node, pair;    // of the trie: its own; that of it and its right neighbour in one
+    float score;            // of the piece that the pair is, or -INFINITY
+    int64_t best;           // see Bpe
 } Symbol;
 
-typedef struct {            // working memory of one encode()
-    const char *s;          // [n] what is merged
-    int64_t n, symbols, nodes;
-    Symbol *symbol;         // [n + 1] by the byte it starts at
-    int64_t *best;          // [2n] a tournament: node n + i is symbol i, and each node below n has
-                            // the better of nodes 2k and 2k + 1, so that node 1 has the best of all
+typedef struct {            // a run of text that merges by itself
+    const char *s;          // [n]
+    int64_t n, capacity;
+    Symbol *symbol;         // [n + 1] by the byte that it starts at. They hold a tournament of
+                            // pairs: its node n + i is symbol i, and each node k below n has the
+                            // better of nodes 2k and 2k + 1, so that node 1 has the best of all
 } Bpe;
 
-static void play(Bpe *b, int64_t node) {
-    int64_t x = b->best[2 * node], y = b->best[2 * node + 1];
-    float own = b->symbol[x].score, other = b->symbol[y].score;
-    b->best[node] = own > other || (own == other && x < y) ? x : y;
-}
-
-// Finds what symbol i and its right neighbour would merge into.
+// Finds what symbol i and its right neighbour would merge into, and replays its matches.
 static void score_pair(const Tokenizer *t, Bpe *b, int64_t i) {
-    Symbol *symbol = b->symbol;
-    int64_t next = i + symbol[i].bytes, end = next + symbol[next].bytes;
-    bool pair = symbol[i].bytes && next < b->n && end - i <= t->longest;
-    int id = pair ? *slot_of(t, b->s + i, end - i) : -1;
-    symbol[i].score = id < 0 ? -INFINITY : t->piece[id].score;
-}
-
-// The text as sentencepiece sees it: a space in front, spaces as U+2581, valid UTF-8.
-static void normalise(const char *text, int64_t bytes, Text *out) {
-    text_add(out, WORD_SPACE, 3);
-    for (int64_t i = 0; i < bytes;) {
-        uint32_t code;
-        char c[4];
-        i += utf8_read(text + i, bytes - i, &code);
-        text_add(out, c, utf8_write(c, code == ' ' ? 0x2581 : code));
+    Symbol *symbol = b->symbol, *x = &symbol[i], *y = x + x->bytes;
+    x->pair = y->bytes ? trie_walk(t, x->node, b->s + i + x->bytes, y->bytes, false) : NOWHERE;
+    int id = t->node[x->pair].id;
+    x->score = id < 0 ? -INFINITY : t->piece[id].score;
+    for (int64_t n = b->n, k = (n + i) / 2; k > 0; k /= 2) {
+        int64_t left = 2 * k < n ? symbol[2 * k].best : 2 * k - n;
+        int64_t right = 2 * k + 1 < n ? symbol[2 * k + 1].best : 2 * k + 1 - n;
+        float own = symbol[left].score, other = symbol[right].score;
+        symbol[k].best = own > other || (own == other && left < right) ? left : right;
     }
 }
 
 // Merges s[0 .. n) and appends its ids.
 static void merge_run(const Tokenizer *t, Bpe *b, const char *s, int64_t n, Ids *out) {
-    uint32_t code;
+    Symbol *symbol = b->symbol = grow(b->symbol, &b->capacity, n + 2, sizeof *symbol, "symbols");
     b->s = s;
     b->n = n;
-    b->symbol = grow(b->symbol, &b->symbols, n + 1, sizeof *b->symbol, "symbols");
-    b->best = grow(b->best, &b->nodes, 2 * n, sizeof *b->best, "symbols");
-    memset(b->symbol, 0, (size_t)(n + 1) * sizeof *b->symbol);
-    for (int64_t i = 0, next; i < n; i = next) {
-        b->symbol[i].bytes = utf8_read(s + i, n - i, &code);
-        next = i + b->symbol[i].bytes;
-        b->symbol[next].left = i;
+    memset(symbol, 0, (size_t)(n + 2) * sizeof *symbol);
+    for (int64_t i = 0; i < n; i += symbol[i].bytes) {
+        uint32_t code;
+        int bytes = symbol[i].bytes = utf8_read(s + i, n - i, &code);
+        symbol[i].node = trie_walk(t, PIECES, s + i, bytes, false);
+        symbol[i + bytes].left = bytes;
     }
-    for (int64_t i = 0; i < n; i++) {
-        score_pair(t, b, i);
-        b->best[n + i] = i;
+    for (int64_t i = 0; i < n; i++) score_pair(t, b, i);
+    while (n && symbol[symbol[1].best].score > -INFINITY) {
+        int64_t i = symbol[1].best;
+        Symbol *x = &symbol[i], *y = x + x->bytes;
+        int64_t changed[] = {i - x->left, i, i + x->bytes};
+        x->node = x->pair;
+        x->bytes += y->bytes;
+        y->bytes = 0;
+        x[x->bytes].left = x->bytes;
+        for (int k = 0; k < 3; k++) score_pair(t, b, changed[k]);
     }
-    for (int64_t node = n - 1; node > 0; node--) play(b, node);
-    while (n && b->symbol[b->best[1]].score > -INFINITY) {
-        int64_t i = b->best[1], right = i + b->symbol[i].bytes;
-        b->symbol[i].bytes += b->symbol[right].bytes;
-        b->symbol[right].bytes = 0;
-        b->symbol[i + b->symbol[i].bytes].left = i;
-        int64_t changed[] = {b->symbol[i].left, i, right};
-        for (int k = 0; k < 3; k++) {
-            score_pair(t, b, changed[k]);
-            for (int64_t node = (n + changed[k]) / 2; node > 0; node /= 2) play(b, node);
-        }
-    }
-    for (int64_t i = 0; i < n; i += b->symbol[i].bytes) {
-        int64_t bytes = b->symbol[i].bytes;
-        int id = *slot_of(t, s + i, bytes);
-        for (int64_t k = i; id < 0 && k < i + bytes; k++) {
-            ids_push(out, t->byte_id[(unsigned char)s[k]]);
-        }
+    for (int64_t i = 0; i < n; i += symbol[i].bytes) {
+        int id = t->node[symbol[i].node].id;
         if (id >= 0) ids_push(out, id);
+        for (int k = 0; id < 0 && k < symbol[i].bytes; k++) {
+            ids_push(out, t->byte_id[(unsigned char)s[i + k]]);
+        }
     }
 }
 
@@ -2574,60 +2408,44 @@ static void word_add(Word *w, uint32_t code, uint32_t class) {
 
 // Appends the ids of the word's pieces, longest first from the left; [UNK] alone where that fails.
 static void word_end(const Tokenizer *t, Word *w, Ids *out) {
-    char s[2 + 4 * WORD_CHARS];         // two bytes for "##" in front
-    int64_t at = 2, end = 2, before = out->n;
+    char s[4 * WORD_CHARS];
+    int64_t at = 0, end = 0, n = 0, before = out->n;
     bool fits = w->n <= WORD_CHARS;
     for (int i = 0; fits && i < w->n; i++) end += utf8_write(s + end, w->code[i] & 0xFFFFFF);
     w->n = w->fixed = 0;
-    for (int glue = 0; fits && at < end; glue = 2) {
-        memcpy(s + at - glue, "##", (size_t)glue);      // over bytes of pieces already found
-        int id = longest_piece(t, s + at - glue, end - at + glue, glue, false);
+    for (; fits && at < end; at += n) {
+        int id = longest_piece(t, at ? t->inside : PIECES, s + at, end - at, &n);
         fits = id >= 0;
-        if (fits) ids_push(out, id);
-        if (fits) at += t->piece[id].length - glue;
+        ids_push(out, id);
     }
     if (fits) return;
     out->n = before;
     ids_push(out, t->unk);
 }
 
-// The range that holds a code point.
-static const Range *range_of(const Tokenizer *t, uint32_t code) {
-    int64_t lo = 0, hi = code < t->n_ranges ? (int64_t)code + 1 : t->n_ranges;
-    while (hi - lo > 1) {
-        int64_t middle = (lo + hi) / 2;
-        bool above = t->range[middle].first > code;
-        lo = above ? lo : middle;
-        hi = above ? middle : hi;
-    }
-    return &t->range[lo];
-}
-
 // Lets one code point of the text do what its rule says.
 static void word_feed(const Tokenizer *t, Word *w, uint32_t code, Ids *out) {
-    const Range *r = range_of(t, code);
-    uint32_t syllable = code - 0xAC00, moved = code + (uint32_t)r->value;
-    switch (r->rule) {
-    case RULE_LETTER: word_add(w, moved, 0); break;
-    case RULE_COMBINING: word_add(w, code, (uint32_t)r->value); break;
+    uint32_t value = t->fold[code] & 0xFFFFFF;
+    switch (t->fold[code] >> 24) {
+    case RULE_LETTER: word_add(w, value, 0); break;
+    case RULE_COMBINING: word_add(w, code, value); break;
     case RULE_BARRIER: w->fixed = w->n; break;
     case RULE_SPACE: word_end(t, w, out); break;
     case RULE_ALONE:
         word_end(t, w, out);
-        word_add(w, moved, 0);
+        word_add(w, value, 0);
         word_end(t, w, out);
         break;
     case RULE_STRING:
-        for (uint32_t i = 1; i <= t->string[r->value]; i++) {
-            uint32_t c = t->string[r->value + (int)i];
-            const Range *own = range_of(t, c);
-            word_add(w, c, own->rule == RULE_COMBINING ? (uint32_t)own->value : 0);
+        for (uint32_t i = 1; i <= read_u32(t->strings + 4 * value) && w->n <= WORD_CHARS; i++) {
+            uint32_t c = read_u32(t->strings + 4 * (value + i)), own = t->fold[c];
+            word_add(w, c, own >> 24 == RULE_COMBINING ? own & 0xFFFFFF : 0);
         }
         break;
     case RULE_HANGUL:                   // by Unicode's arithmetic
-        word_add(w, 0x1100 + syllable / 588, 0);
-        word_add(w, 0x1161 + syllable % 588 / 28, 0);
-        if (syllable % 28) word_add(w, 0x11A7 + syllable % 28, 0);
+        word_add(w, 0x1100 + value / 588, 0);
+        word_add(w, 0x1161 + value % 588 / 28, 0);
+        if (value % 28) word_add(w, 0x11A7 + value % 28, 0);
         break;
     default: break;
     }
@@ -2635,27 +2453,39 @@ static void word_feed(const Tokenizer *t, Word *w, uint32_t code, Ids *out) {
 
 // --- Both ----------------------------------------------------------------------------------------
 
+// The text as sentencepiece sees it: a space in front, spaces as U+2581, valid UTF-8.
+static void normalise(const char *text, int64_t bytes, Text *out) {
+    text_add(out, WORD_SPACE, 3);
+    for (int64_t i = 0; i < bytes;) {
+        uint32_t code;
+        char c[4];
+        i += utf8_read(text + i, bytes - i, &code);
+        text_add(out, c, utf8_write(c, code == ' ' ? 0x2581 : code));
+    }
+}
+
 // Appends the ids of text[0..bytes), without BOS, [CLS] or [SEP]. Any bytes are a text: one that
 // is not UTF-8 counts as U+FFFD, as sentencepiece has it (and WordPiece drops it). Pieces taken
-// verbatim end a word or run; where no piece spans two words, so does a word's start.
+// verbatim end a word or run; between two characters that no piece joins a run ends too: 10 MB of
+// short runs merge at 14 MB/s, as one run at 1.
 static void encode(const Tokenizer *t, const char *text, int64_t bytes, Ids *out) {
     Bpe b = {0};
     Word w = {.n = 0};
     Text whole = {0};
-    bool wordpiece = t->kind == WORDPIECE;
-    uint32_t code;
+    bool sentencepiece = t->kind == SENTENCEPIECE;
+    uint32_t code = 0, before = 0;
     int64_t start = 0;
-    if (!wordpiece && bytes) {
+    if (sentencepiece && bytes) {
         normalise(text, bytes, &whole);
         text = whole.s;
         bytes = whole.n;
     }
-    for (int64_t at = 0, n; at < bytes; at += n) {
-        int id = longest_piece(t, text + at, bytes - at, 0, true);
-        n = id >= 0 ? t->piece[id].length : utf8_read(text + at, bytes - at, &code);
-        if (wordpiece && id >= 0) word_end(t, &w, out);
-        else if (wordpiece) word_feed(t, &w, code, out);
-        else if (id >= 0 || (t->cut && word_starts(text + start, bytes - start, at - start))) {
+    for (int64_t at = 0, n; at < bytes; at += n, before = code) {
+        int id = longest_piece(t, VERBATIM, text + at, bytes - at, &n);
+        if (id < 0) n = utf8_read(text + at, bytes - at, &code);
+        if (!sentencepiece && id < 0) word_feed(t, &w, code, out);
+        if (!sentencepiece && id >= 0) word_end(t, &w, out);
+        if (sentencepiece && (id >= 0 || !t->joined[pair_hash(before, code)])) {
             merge_run(t, &b, text + start, at - start, out);
             start = at;
         }
@@ -2663,11 +2493,10 @@ static void encode(const Tokenizer *t, const char *text, int64_t bytes, Ids *out
         ids_push(out, id);
         start = at + n;
     }
-    if (wordpiece) word_end(t, &w, out);
-    else merge_run(t, &b, text + start, bytes - start, out);
+    word_end(t, &w, out);
+    if (sentencepiece) merge_run(t, &b, text + start, bytes - start, out);
     release(whole.s);
     release(b.symbol);
-    release(b.best);
 }
 
 // Appends the text of one token as it continues the token `previous` (-1: it starts a text).
@@ -2676,24 +2505,19 @@ static void encode(const Tokenizer *t, const char *text, int64_t bytes, Ids *out
 static void decode(const Tokenizer *t, int previous, int id, Text *out) {
     if (id < 0 || id >= t->n_tokens) return;
     const Piece *p = &t->piece[id];
-    bool first = previous < 0 || (t->kind == SENTENCEPIECE && (previous >= t->n_tokens
+    bool sentencepiece = t->kind == SENTENCEPIECE;
+    bool first = previous < 0 || (sentencepiece && (previous >= t->n_tokens
                || t->piece[previous].type == PIECE_CONTROL));
-    if (t->kind == WORDPIECE) {
-        int glue = p->length > 2 && !memcmp(p->text, "##", 2) ? 2 : 0;
-        if (!glue && !first) text_add(out, " ", 1);
-        text_add(out, p->text + glue, p->length - glue);
-    } else if (p->type == PIECE_UNKNOWN) {
-        text_add(out, " \xe2\x81\x87 ", 5);
-    } else if (p->type == PIECE_BYTE) {
-        text_add(out, &(char){(char)byte_value(p)}, 1);
-    } else if (p->type != PIECE_CONTROL) {
-        for (int at = 0, n; at < p->length; at += n) {
-            bool space = p->length - at >= 3 && !memcmp(p->text + at, WORD_SPACE, 3);
-            n = space ? 3 : 1;
-            if (at || !space || !first) text_add(out, space ? " " : p->text + at, 1);
-        }
+    const char *mark = sentencepiece ? WORD_SPACE : "##";
+    int at = p->length > 2 && !memcmp(p->text, mark, strlen(mark)) ? (int)strlen(mark) : 0;
+    if ((at > 0) == sentencepiece && !first) text_add(out, " ", 1);
+    for (int n; at < p->length; at += n) {
+        bool space = sentencepiece && p->length - at >= 3 && !memcmp(p->text + at, WORD_SPACE, 3);
+        n = space ? 3 : 1;
+        text_add(out, space ? " " : p->text + at, 1);
     }
 }
+
 // ------------------------------------------------------------------------------------------------
 // 6. Loading a model, and continuing a text
 // ------------------------------------------------------------------------------------------------
@@ -2720,15 +2544,12 @@ static Model *model_load(const char *path) {
     model_map(m);
     model_header(m);
     model_weights(m);
-    if (!m->tokenizer_kind) return m;
-    m->tokenizer = model_allocate(m, 1, sizeof *m->tokenizer, "tokenizer");
-    tokenizer_load(m->tokenizer, m->path, m->tokenizer_kind, m->file + read_i64(m->file + 48),
-                   read_i64(m->file + 56), m->vocab_size, m->unk);
+    const unsigned char *f = m->file;
+    if (m->tokenizer_kind) tokenizer_load(m, f + read_i64(f + 48), read_i64(f + 56));
     return m;
 }
 
 static void model_free(Model *m) {
-    if (m->tokenizer) tokenizer_free(m->tokenizer);
     for (int64_t i = 0; i < m->n_own; i++) release(m->own[i]);
     release(m->own);
 #ifdef _WIN32
@@ -2827,6 +2648,8 @@ static void continue_text(Session *s, const Schedule *schedule) {
         batch_commit(s);
         if (!made++) decoding = seconds();
         int next = sample(c, z, m->vocab_size, &random);
+        // EOS ends a text; so does BOS, with which another begins: llama2.c's models were trained
+        // that way, and it stops there too. (--eval stops at EOS alone, as the harness does.)
         if (next == m->eos || next == m->bos) break;
         piece.n = 0;
         decode(m->tokenizer, ids.id[ids.n - 1], next, &piece);
@@ -2868,33 +2691,19 @@ static void fill_masks(Session *s, const Schedule *schedule) {
 // 7. Metrics: kept values -> a score and its standard error
 // ------------------------------------------------------------------------------------------------
 
-// Bytes of the white-space character at s, by Python's str.isspace(); 0 if there is none.
-static int space_bytes(const char *s) {
-    uint32_t c;
-    int n = utf8_read(s, 4, &c);        // which goes no further than the NUL
-    bool space = (c >= 9 && c <= 13) || (c >= 28 && c <= 32) || c == 0x85 || c == 0xA0
-              || c == 0x1680 || (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029
-              || c == 0x202F || c == 0x205F || c == 0x3000;
-    return space ? n : 0;
-}
-
-// Bytes of white space at the end of a text.
-static int64_t trailing_space(const char *text) {
-    int64_t tail = 0;
-    for (int space; *text; text += space ? space : 1) {
-        space = space_bytes(text);
-        tail = space ? tail + space : 0;
-    }
-    return tail;
-}
-
-// What the harness counts as words of running text: len(re.split(r"\s+", text)).
-static int64_t count_words(const char *text) {
+// Words of a running text as the harness counts them, len(re.split(r"\s+", text)), with the white
+// space of Python's str.isspace(); *tail gets the bytes of it at the end.
+static int64_t count_words(const char *text, int64_t *tail) {
     int64_t words = 1;
-    for (int space, before = 0; *text; text += space ? space : 1) {
-        space = space_bytes(text);
-        words += space && !before;
-        before = space;
+    uint32_t c;
+    *tail = 0;
+    for (int n; *text; text += n) {
+        n = utf8_read(text, 4, &c);         // which goes no further than the NUL
+        bool space = (c >= 9 && c <= 13) || (c >= 28 && c <= 32) || c == 0x85 || c == 0xA0
+                  || c == 0x1680 || (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029
+                  || c == 0x202F || c == 0x205F || c == 0x3000;
+        words += space && !*tail;
+        *tail = space ? *tail + n : 0;
     }
     return words;
 }
@@ -2926,42 +2735,40 @@ static const char *find_number(const char *text, bool flexible, int64_t *bytes) 
 
 // One side of the comparison: without `,` and `$`, without everything up to the last `#### `,
 // without a final `.` (Python's `\.$`, which also sees it before a last newline), in lower case.
-static Text normalise_number(const char *s, int64_t bytes) {
-    Text t = {0};
-    text_add(&t, "", 0);
-    for (int64_t i = 0; i < bytes; i++) {
-        char c = s[i] >= 'A' && s[i] <= 'Z' ? (char)(s[i] + 32) : s[i];
-        if (c != ',' && c != '$') text_add(&t, &c, 1);
-        if (t.n >= 5 && !strcmp(t.s + t.n - 5, "#### ")) t.n = 0;
+static char *normalise_number(const char *s, int64_t bytes) {
+    char *out = allocate(bytes + 1, 1, "answer"), *to = out;
+    for (const char *end = s + bytes; s < end; s++) {
+        if (*s == ',' || *s == '$') continue;
+        *to++ = *s >= 'A' && *s <= 'Z' ? (char)(*s + 32) : *s;
+        if (to - out >= 5 && !memcmp(to - 5, "#### ", 5)) to = out;
     }
-    t.s[t.n] = 0;
-    int64_t last = t.n - 1 - (t.n && t.s[t.n - 1] == '\n');
-    if (last >= 0 && t.s[last] == '.') memmove(t.s + last, t.s + last + 1, (size_t)(t.n - last));
-    return t;
+    *to = 0;
+    if (to > out && to[-1] == '\n') to--;
+    if (to > out && to[-1] == '.') memmove(to - 1, to, strlen(to) + 1);
+    return out;
 }
 
 // GSM8K's exact match of a generated text and an answer.
 static bool exact_match(const char *text, const char *answer, bool flexible) {
     int64_t bytes;
     const char *number = find_number(text, flexible, &bytes);
-    Text ours = normalise_number(number, bytes);
-    Text gold = normalise_number(answer, (int64_t)strlen(answer));
-    bool same = !strcmp(ours.s, gold.s);
-    release(ours.s);
-    release(gold.s);
+    char *ours = normalise_number(number, bytes);
+    char *gold = normalise_number(answer, (int64_t)strlen(answer));
+    bool same = !strcmp(ours, gold);
+    release(ours);
+    release(gold);
     return same;
 }
 
 // The functions of metrics take two columns of n kept values; the second may be all ones.
 
-static double total(const double *x, int64_t n) {
-    double sum = 0;
-    for (int64_t i = 0; i < n; i++) sum += x[i];
-    return sum;
-}
-
 static double share(const double *x, const double *y, int64_t n) {
-    return total(x, n) / total(y, n);
+    double above = 0, below = 0;
+    for (int64_t i = 0; i < n; i++) {
+        above += x[i];
+        below += y[i];
+    }
+    return above / below;
 }
 
 static double perplexity(const double *x, const double *y, int64_t n) {
@@ -3002,20 +2809,21 @@ static double matthews(const double *x, const double *y, int64_t n) {
     return spread_x > 0 && spread_y > 0 ? above / sqrt(spread_x * spread_y) : 0;
 }
 
-// Pearson correlation; NaN where one side is constant.
+// Pearson correlation; NaN where one side is constant, whose distances from the first are exact.
 static double pearson(const double *x, const double *y, int64_t n) {
-    double mean_x = total(x, n) / (double)n, mean_y = total(y, n) / (double)n;
-    double xx = 0, yy = 0, xy = 0;
-    bool same_x = true, same_y = true;
+    double mean_x = 0, mean_y = 0, xx = 0, yy = 0, xy = 0;
     for (int64_t i = 0; i < n; i++) {
-        double from_x = x[i] - mean_x, from_y = y[i] - mean_y;
-        same_x &= x[i] == x[0];
-        same_y &= y[i] == y[0];
+        mean_x += (x[i] - x[0]) / (double)n;
+        mean_y += (y[i] - y[0]) / (double)n;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        double from_x = x[i] - x[0] - mean_x, from_y = y[i] - y[0] - mean_y;
         xx += from_x * from_x;
         yy += from_y * from_y;
         xy += from_x * from_y;
     }
-    return same_x || same_y ? NAN : fmax(-1, fmin(1, xy / (sqrt(xx) * sqrt(yy))));
+    double found = xy / (sqrt(xx) * sqrt(yy));
+    return fabs(found) > 1 ? copysign(1, found) : found;
 }
 
 // Each value replaced by how many others are smaller.
@@ -3148,209 +2956,182 @@ static double metric_value(const Metric *m, const double *values, int64_t n, int
     return value;
 }
 
-// The probe: a linear classifier, or a regression, on n rows of d frozen features. It minimises
+// The probe: a linear classifier, or a regression, on n rows of frozen features. It minimises
 //     sum over rows of loss(row) + strength / 2 * (sum of squares of all weights but the biases)
 // where the loss is the negative log-likelihood of a softmax over the classes, or half the squared
 // error: scikit-learn's LogisticRegression(C = 1 / strength) and Ridge(alpha = strength). Of two
 // classes only the difference counts, so that their weights are punished twice to be the same as a
-// single logistic. Newton's method with conjugate gradients, until the mean gradient is below 1e-8;
-// features that nearly repeat one another would need thousands of those, were they not preconditioned.
+// single logistic. A turn is a Newton step with the Hessian of an earlier one, made as long as the
+// step before it tells (Barzilai and Borwein 1988). Without a Hessian, features that nearly repeat
+// one another would take thousands of turns; a new one for every turn would cost more than it saves.
+// A regression is solved by the first turn.
 typedef struct {
-    const float *x;             // [n][d], centred: that saves half of the passes
+    const float *x;             // [n][d - 1]; a 1 goes behind each row, whose weight is the bias
     const double *y;            // [n] class or target
     int64_t n, d, outputs;      // outputs: classes, or 1 for a regression
     double strength;
-    double *p;                  // [n][outputs] probabilities at the last point
-    double *parts;              // [PROBE_PARTS][outputs][d + 2] sums over a part of the rows
-    double *factor;             // [d][d] Cholesky factor of the Hessian at w = 0, for one output
-    double weight;              // of a row in that Hessian
+    double *curve;              // [n] what a row of the last pass weighs in the Hessian
+    double *parts;              // [PROBE_PARTS][outputs * d + outputs + d] work for parts of a pass
+    double *factor;             // [d][d] Cholesky factor of the Hessian, the same for every output
 } Probe;
 
+enum { PROBE_TURNS = 100 };     // until the Hessian is factored anew
 enum { PROBE_PARTS = 64 };      // fixed, so that sums do not depend on the number of threads
 
 // Eight sums side by side, which a compiler can keep in vectors.
-static double probe_dot(const double *w, const float *x, int64_t d) {
+static double inner(const double *a, const double *b, int64_t n) {
     double lane[8] = {0};
-    for (int64_t j = 0; j < d / 8 * 8; j += 8) {
-        for (int l = 0; l < 8; l++) lane[l] += w[j + l] * (double)x[j + l];
+    int64_t whole = n / 8 * 8;
+    for (int64_t j = 0; j < whole; j += 8) {
+        for (int l = 0; l < 8; l++) lane[l] += a[j + l] * b[j + l];
     }
-    for (int64_t j = d / 8 * 8; j < d; j++) lane[j % 8] += w[j] * (double)x[j];
+    for (int64_t j = whole; j < n; j++) lane[j - whole] += a[j] * b[j];
     for (int l = 0; l < 4; l++) lane[l] += lane[l + 4];
     return (lane[0] + lane[2]) + (lane[1] + lane[3]);
 }
 
-// Row i: scores z become the loss's gradient by the scores; returns the loss and keeps the
-// probabilities. With `curve`, z is a change of the scores and becomes that of the gradient.
-static double probe_loss(const Probe *f, int64_t i, double *z, bool curve) {
-    double *p = f->p + i * f->outputs, top = z[0], sum = 0, own = z[(int64_t)f->y[i] % f->outputs];
+// y += a * x
+static void add_scaled(double *y, double a, const double *x, int64_t n) {
+    for (int64_t j = 0; j < n; j++) y[j] += a * x[j];
+}
+
+static void probe_row(const Probe *f, int64_t i, double *row) {
+    for (int64_t j = 0; j < f->d - 1; j++) row[j] = (double)f->x[i * (f->d - 1) + j];
+    row[f->d - 1] = 1;
+}
+
+// Scores z of row i become the gradient of its loss by them; returns the loss.
+static double probe_loss(const Probe *f, int64_t i, double *z) {
+    double y = f->y[i], top = z[0], sum = 0, squares = 0;
     if (f->outputs == 1) {
-        if (!curve) z[0] -= f->y[i];
+        f->curve[i] = 1;
+        z[0] -= y;
         return z[0] * z[0] / 2;
-    }
-    if (curve) {
-        for (int64_t k = 0; k < f->outputs; k++) sum += p[k] * z[k];
-        for (int64_t k = 0; k < f->outputs; k++) z[k] = p[k] * (z[k] - sum);
-        return 0;
     }
     for (int64_t k = 1; k < f->outputs; k++) top = fmax(top, z[k]);
     for (int64_t k = 0; k < f->outputs; k++) sum += exp(z[k] - top);
+    double loss = top + log(sum) - z[(int64_t)y];
     for (int64_t k = 0; k < f->outputs; k++) {
-        p[k] = exp(z[k] - top) / sum;
-        z[k] = p[k] - ((double)k == f->y[i]);
+        double p = exp(z[k] - top) / sum;
+        squares += p * p;
+        z[k] = p - ((double)k == y);
     }
-    return top + log(sum) - own;
-}
-
-// One pass over the features: the objective at w and, in out, its gradient; or with `curve` the
-// Hessian of the last such point times w. w and out are [outputs][d + 1], the bias last.
-static double probe_pass(const Probe *f, const double *w, double *out, bool curve) {
-    int64_t d = f->d, outputs = f->outputs, size = outputs * (d + 1);
-    double losses[PROBE_PARTS] = {0}, loss = 0;
-    #pragma omp parallel for schedule(static) if (f->n * d * outputs > 1 << 18)
-    for (int part = 0; part < PROBE_PARTS; part++) {
-        double *sum = f->parts + part * (size + outputs), *z = sum + size;
-        memset(sum, 0, (size_t)size * sizeof *sum);
-        for (int64_t i = f->n * part / PROBE_PARTS; i < f->n * (part + 1) / PROBE_PARTS; i++) {
-            const float *x = f->x + i * d;
-            for (int64_t k = 0; k < outputs; k++) {
-                z[k] = probe_dot(w + k * (d + 1), x, d) + w[k * (d + 1) + d];
-            }
-            losses[part] += probe_loss(f, i, z, curve);
-            for (int64_t k = 0; k < outputs; k++) {
-                double *row = sum + k * (d + 1);
-                for (int64_t j = 0; j < d; j++) row[j] += z[k] * (double)x[j];
-                row[d] += z[k];
-            }
-        }
-    }
-    for (int64_t j = 0; j < size; j++) {
-        double punished = j % (d + 1) < d ? f->strength * w[j] : 0;
-        loss += punished * w[j] / 2;
-        out[j] = punished;
-        for (int64_t p = 0; p < PROBE_PARTS; p++) out[j] += f->parts[p * (size + outputs) + j];
-    }
-    for (int part = 0; part < PROBE_PARTS; part++) loss += losses[part];
+    f->curve[i] = (1 - squares) / (double)(f->outputs - 1);
     return loss;
 }
 
-static double inner(const double *a, const double *b, int64_t n) {
-    double sum = 0;
-    for (int64_t j = 0; j < n; j++) sum += a[j] * b[j];
-    return sum;
+// One pass over the features: the objective at w and its gradient, both [outputs][d].
+static double probe_pass(const Probe *f, const double *w, double *gradient) {
+    int64_t d = f->d, size = f->outputs * d, work = size + f->outputs + d;
+    double losses[PROBE_PARTS] = {0}, loss = 0;
+    #pragma omp parallel for schedule(static) if (f->n * size > 1 << 18)
+    for (int part = 0; part < PROBE_PARTS; part++) {
+        double *sum = f->parts + part * work, *z = sum + size, *row = z + f->outputs;
+        memset(sum, 0, (size_t)size * sizeof *sum);
+        for (int64_t i = f->n * part / PROBE_PARTS; i < f->n * (part + 1) / PROBE_PARTS; i++) {
+            probe_row(f, i, row);
+            for (int64_t k = 0; k < f->outputs; k++) z[k] = inner(w + k * d, row, d);
+            losses[part] += probe_loss(f, i, z);
+            for (int64_t k = 0; k < f->outputs; k++) add_scaled(sum + k * d, z[k], row, d);
+        }
+    }
+    for (int64_t j = 0; j < size; j++) {
+        gradient[j] = (j + 1) % d ? f->strength * w[j] : 0;
+        loss += gradient[j] * w[j] / 2;
+    }
+    for (int part = 0; part < PROBE_PARTS; part++) {
+        add_scaled(gradient, 1, f->parts + part * work, size);
+        loss += losses[part];
+    }
+    return loss;
 }
 
-// Makes the preconditioner: weight * X^T X + strength = factor . factor^T (lower triangle).
+// The weighed X^T X + strength = factor . factor^T (lower triangle). With up to two outputs, and at
+// w = 0, that is the Hessian along steps that add up to nothing over the outputs, as all steps do.
 static void probe_factor(const Probe *f) {
-    int64_t d = f->d;
+    int64_t d = f->d, work = f->outputs * d + f->outputs + d;
+    memset(f->factor, 0, (size_t)(d * d) * sizeof *f->factor);
     #pragma omp parallel for schedule(dynamic) if (f->n * d * d > 1 << 20)
-    for (int64_t i = 0; i < d; i++) {
+    for (int part = 0; part < PROBE_PARTS; part++) {        // some rows of the factor
+        double *row = f->parts + part * work;
         for (int64_t r = 0; r < f->n; r++) {
-            const float *x = f->x + r * d;
-            double own = f->weight * (double)x[i];
-            for (int64_t j = 0; j <= i; j++) f->factor[i * d + j] += own * (double)x[j];
+            probe_row(f, r, row);
+            for (int64_t i = d * part / PROBE_PARTS; i < d * (part + 1) / PROBE_PARTS; i++) {
+                add_scaled(f->factor + i * d, f->curve[r] * row[i], row, i + 1);
+            }
         }
     }
     for (int64_t i = 0; i < d; i++) {
-        double *row = f->factor + i * d, least = 1e-12 * row[i] + 1e-300;
-        row[i] += f->strength;
+        double *own = f->factor + i * d, least = 1e-12 * own[i] + 1e-300;
+        own[i] += i < d - 1 ? f->strength : 0;
         for (int64_t j = 0; j <= i; j++) {
             const double *other = f->factor + j * d;
-            double rest = row[j] - inner(row, other, j);
-            row[j] = j < i ? rest / other[j] : sqrt(fmax(rest, least));
+            double rest = own[j] - inner(own, other, j);
+            own[j] = j < i ? rest / other[j] : sqrt(fmax(rest, least));
         }
     }
 }
 
-// out = r over the preconditioner, output by output; the bias stands apart, since x is centred.
-static void probe_solve(const Probe *f, const double *r, double *out) {
-    int64_t d = f->d;
-    for (int64_t k = 0; k < f->outputs; k++, r += d + 1, out += d + 1) {
+// v = the inverse of the factored Hessian times the gradient; returns their inner product.
+static double probe_solve(const Probe *f, const double *gradient, double *v) {
+    int64_t d = f->d, size = f->outputs * d;
+    memcpy(v, gradient, (size_t)size * sizeof *v);
+    for (double *own = v; own < v + size; own += d) {
         for (int64_t i = 0; i < d; i++) {
-            out[i] = (r[i] - inner(f->factor + i * d, out, i)) / f->factor[i * d + i];
+            own[i] = (own[i] - inner(f->factor + i * d, own, i)) / f->factor[i * d + i];
         }
         for (int64_t i = d - 1; i >= 0; i--) {
-            out[i] /= f->factor[i * d + i];
-            for (int64_t j = 0; j < i; j++) out[j] -= f->factor[i * d + j] * out[i];
+            own[i] /= f->factor[i * d + i];
+            add_scaled(own, -own[i], f->factor + i * d, i);
         }
-        out[d] = r[d] / (f->weight * (double)f->n);
     }
-}
-
-// Newton's step: solves Hessian . step = -gradient by conjugate gradients until the residual is
-// `tolerance` times the gradient. work is [4][size].
-static void probe_step(const Probe *f, const double *gradient, double tolerance, double *step,
-                       double *work) {
-    int64_t size = f->outputs * (f->d + 1);
-    double *residual = work, *along = work + size, *curved = along + size, *solved = curved + size;
-    for (int64_t j = 0; j < size; j++) {
-        step[j] = 0;
-        residual[j] = -gradient[j];
-    }
-    probe_solve(f, residual, along);
-    double rest = inner(residual, along, size), goal = rest * tolerance * tolerance;
-    for (int turn = 0; turn < 1000 && rest > goal; turn++) {
-        probe_pass(f, along, curved, true);
-        double length = rest / inner(along, curved, size), before = rest;
-        for (int64_t j = 0; j < size; j++) {
-            step[j] += length * along[j];
-            residual[j] -= length * curved[j];
-        }
-        probe_solve(f, residual, solved);
-        rest = inner(residual, solved, size);
-        for (int64_t j = 0; j < size; j++) along[j] = solved[j] + rest / before * along[j];
-    }
+    return inner(gradient, v, size);
 }
 
 // Fits the probe described above; classes is 1 for a regression. w is [classes][d + 1], the bias
 // last. The same bits for any number of threads.
 static void probe_fit(const float *x, const double *y, int64_t n, int64_t d, int classes,
                       double strength, double *w) {
-    int64_t size = classes * (d + 1);
-    float *centred = allocate(n * d, sizeof *centred, "probe");
-    Probe f = {centred, y, n, d, classes, classes == 2 ? 2 * strength : strength, .weight = 1};
-    if (classes > 1) f.weight = (1 - 1.0 / classes) / classes;
-    f.factor = allocate(d * d, sizeof *f.factor, "probe");
-    f.p = allocate(n * classes, sizeof *f.p, "probe");
-    f.parts = allocate(PROBE_PARTS * (size + classes), sizeof *f.parts, "probe");
-    double *work = allocate(7 * size + d, sizeof *work, "probe"), *mean = work + 7 * size;
-    double *gradient = work + 4 * size, *step = work + 5 * size, *next = work + 6 * size;
-    for (int64_t i = 0; i < n * d; i++) mean[i % d] += x[i];
-    for (int64_t j = 0; j < d; j++) mean[j] /= (double)n;
-    for (int64_t i = 0; i < n * d; i++) centred[i] = (float)(x[i] - mean[i % d]);
+    int64_t width = d + 1, size = classes * width, work = PROBE_PARTS * (size + classes + width);
+    Probe f = {x, y, n, width, classes, classes == 2 ? 2 * strength : strength, .curve = NULL};
+    f.curve = allocate(n + work + width * width + 2 * size, sizeof *f.curve, "probe");
+    f.parts = f.curve + n;
+    f.factor = f.parts + work;
+    double *gradient = f.factor + width * width, *v = gradient + size;
     memset(w, 0, (size_t)size * sizeof *w);
-    probe_factor(&f);
-    double loss = probe_pass(&f, w, gradient, false), start = inner(gradient, gradient, size);
-    for (int turn = 0; turn < 100; turn++) {
-        double steep = inner(gradient, gradient, size), before = loss, t = 1;
-        if (sqrt(steep) <= 1e-8 * (double)n) break;
-        probe_step(&f, gradient, fmin(0.1, pow(steep / start, 0.25)), step, work);
-        double slope = inner(gradient, step, size);
-        for (; t > 1e-6; t /= 2) {                  // halve a step that goes too far
-            for (int64_t j = 0; j < size; j++) next[j] = w[j] + t * step[j];
-            loss = probe_pass(&f, next, gradient, false);
-            if (loss <= before + 1e-4 * t * slope) break;
+    double loss = probe_pass(&f, w, gradient), most = loss, slope = 0, length = 1;
+    for (int turn = 0; turn < 10000 && length > 1e-9; turn++) {
+        if (sqrt(inner(gradient, gradient, size)) <= 1e-8 * (double)n) break;
+        if (turn % PROBE_TURNS == 0) {
+            probe_factor(&f);
+            slope = probe_solve(&f, gradient, v);
+            most = loss * (1 + 1e-13);
+            length = 1;
         }
-        if (!(loss < before)) break;                // nothing left but rounding
-        memcpy(w, next, (size_t)size * sizeof *w);
+        add_scaled(w, -length, v, size);
+        while (!((loss = probe_pass(&f, w, gradient)) <= most) && length > 1e-9) {
+            length /= 2;                            // it went too far: half of it back
+            add_scaled(w, length, v, size);
+        }
+        double left = inner(gradient, v, size), next = probe_solve(&f, gradient, v);
+        length *= (slope - left) / (slope - 2 * left + next);
+        slope = next;
     }
-    for (int k = 0; k < classes; k++) w[k * (d + 1) + d] -= inner(w + k * (d + 1), mean, d);
-    release(centred);
-    release(f.p);
-    release(f.parts);
-    release(f.factor);
-    release(work);
+    release(f.curve);
 }
 
 // What a fitted probe makes of one row of features: a class, or the target of a regression.
 static double probe_predict(const double *w, const float *x, int64_t d, int classes) {
     double best = 0, top = -INFINITY;
-    for (int k = 0; k < classes; k++) {
-        double z = probe_dot(w + k * (d + 1), x, d) + w[k * (d + 1) + d];
+    for (int k = 0; k < classes; k++, w += d + 1) {
+        double z = w[d];
+        for (int64_t j = 0; j < d; j++) z += w[j] * (double)x[j];
         if (classes == 1) return z;
         if (z > top) top = z, best = k;
     }
     return best;
 }
+
 // ------------------------------------------------------------------------------------------------
 // 8. Tasks: lines of text -> sequences -> kept values
 // ------------------------------------------------------------------------------------------------
@@ -3363,24 +3144,25 @@ typedef struct {
     int64_t first, n;           // tokens fed: task->pool.id[first .. first + n)
     int64_t segment_from;       // BERT: tokens from here on are of segment 1
     int64_t mask_at;            // BERT: this token is fed as [MASK]; -1: none
+    int64_t shared;             // that many are the same as the request before it begins with
     int64_t row;                // the first row that is scored, counted from the first fed token
     int64_t target, n_targets;  // rows row, row + 1, ... are scored against pool.id[target], ...
-    int64_t shared, parent_row, own_row;    // where its rows are in the batch: the first `shared`
-                                            // ones end before row parent_row + shared of a parent
-    int sequence;
     double loglik, prediction;  // the answer
     bool greedy;
     Text text;
 } Request;
 
-typedef struct { char **field; int n_fields; int64_t line; } Item;
+typedef struct { char **field; int n_fields; double gold; } Item;    // gold: of column g or x
 
 typedef struct Kind Kind;
+enum { MOST_METRICS = 8 };      // of a task
 
 typedef struct {
-    char *path, *name, *head, *identity;    // identity: the line that results of this task carry
+    char *path, *name, *head, *header;      // header: the first line, as it stands
+    char *identity;                         // the line that says which task results are of
+    int index;                              // among the tasks of a run
     const Kind *kind;
-    const Metric *metrics[8];
+    const Metric *metrics[MOST_METRICS];
     int n_metrics, n_labels, n_stops;
     char **labels, **stops;
     int64_t max_tokens;
@@ -3388,7 +3170,6 @@ typedef struct {
     uint64_t hash;                          // of the file's bytes
     Item *items;
     int64_t n_items;
-    char *text;                             // the file's bytes, which the fields point into
     Ids pool;
     Request *requests;
     int64_t n_requests, requests_capacity;
@@ -3421,13 +3202,15 @@ static Request *new_request(Task *t, int64_t item) {
     return r;
 }
 
-static void push_bos(const Model *m, Ids *ids) {
-    if (m->bos < 0) die("%s: has no BOS token, which texts and --bos begin with", m->path);
-    ids_push(ids, m->bos);
-}
-
 static void push_ids(Ids *to, const Ids *from, int64_t first, int64_t end) {
     for (int64_t i = first; i < end; i++) ids_push(to, from->id[i]);
+}
+
+// The tokens of n bytes of text, behind BOS (BERT: [CLS]) if that is wanted.
+static void push_text(const Model *m, bool bos, const char *text, int64_t n, Ids *to) {
+    if (bos && m->bos < 0) die("%s: has no BOS token, which texts and --bos begin with", m->path);
+    if (bos) ids_push(to, m->bos);
+    encode(m->tokenizer, text, n, to);
 }
 
 // A request feeds what has been pushed since it was made, without the beginning if that is over
@@ -3440,40 +3223,33 @@ static void end_request(Task *t, Request *r, int64_t most) {
     r->n = t->pool.n - r->first;
 }
 
-// The harness's log-likelihood request: white space at the end of the context moves to the
-// continuation, the model reads encode(context) and then what encode(context + continuation) has
-// behind as many tokens, cut to the last max_length + 1; an empty context is BOS.
-static void ask_continuation(Task *t, const Model *m, bool bos, int64_t item,
-                             const char *context, const char *continuation) {
-    int64_t n = (int64_t)strlen(context) - trailing_space(context);
-    Text whole = {0};
-    Ids all = {0};
-    Request *r = new_request(t, item);
-    text_printf(&whole, "%s %s", context, continuation);
-    if (bos || !n) push_bos(m, &t->pool);
-    if (bos || !n) push_bos(m, &all);
-    encode(m->tokenizer, context, n, &t->pool);
-    encode(m->tokenizer, whole.s, whole.n, &all);
-    r->target = t->pool.n;
-    push_ids(&t->pool, &all, t->pool.n - r->first, all.n);
-    end_request(t, r, m->max_length + 1);
-    if (r->n > 1) r->n--;               // the last token is not fed
-    if (r->target <= r->first) r->target = r->first + 1;
-    r->row = r->target - r->first - 1;
-    r->n_targets = t->pool.n - r->target;
-    release(all.id);
-    release(whole.s);
-}
-
 // gold, context, choice, choice, ...; or gold, continuation, context, context, ...; or context,
-// continuation.
+// continuation: the harness's log-likelihood requests. White space at the end of the context moves
+// to the continuation, the model reads encode(context) and then what encode(context + continuation)
+// has behind as many tokens, cut to the last max_length + 1; an empty context is BOS.
 static void ask_continuations(Task *t, const Model *m, bool bos, int64_t item) {
-    char **field = t->items[item].field;
-    int n = t->items[item].n_fields;
-    bool contexts = t->kind->columns[1] == 't';
-    if (n == 2) ask_continuation(t, m, bos, item, field[0], field[1]);
-    for (int c = 2; c < n; c++) {
-        ask_continuation(t, m, bos, item, field[contexts ? c : 1], field[contexts ? 1 : c]);
+    const Item *it = &t->items[item];
+    bool contexts = t->kind->columns[1] == 't', single = it->n_fields == 2;
+    for (int c = single ? 1 : 2; c < it->n_fields; c++) {
+        const char *context = it->field[single ? 0 : contexts ? c : 1];
+        int64_t n = (int64_t)strlen(context), tail;
+        Text whole = {0};
+        Ids all = {0};
+        Request *r = new_request(t, item);
+        count_words(context, &tail);
+        n -= tail;
+        text_printf(&whole, "%s %s", context, it->field[contexts ? 1 : c]);
+        push_text(m, bos || !n, context, n, &t->pool);
+        push_text(m, bos || !n, whole.s, whole.n, &all);
+        r->target = t->pool.n;
+        push_ids(&t->pool, &all, t->pool.n - r->first, all.n);
+        end_request(t, r, m->max_length + 1);
+        if (r->n > 1) r->n--;           // the last token is not fed
+        if (r->target <= r->first) r->target = r->first + 1;
+        r->row = r->target - r->first - 1;
+        r->n_targets = t->pool.n - r->target;
+        release(all.id);
+        release(whole.s);
     }
 }
 
@@ -3485,50 +3261,44 @@ static void ask_generate(Task *t, const Model *m, bool bos, int64_t item) {
         die("%s: max_tokens is %lld, the model's context holds %d; lower it", t->path,
             (long long)t->max_tokens, m->max_length);
     }
-    if (bos || !*prompt) push_bos(m, &t->pool);
-    encode(m->tokenizer, prompt, (int64_t)strlen(prompt), &t->pool);
+    push_text(m, bos || !*prompt, prompt, (int64_t)strlen(prompt), &t->pool);
     end_request(t, r, m->max_length - t->max_tokens);
     r->row = r->n - 1;
+    r->n_targets = 1;           // the first token behind it
 }
 
-// text: rolling windows as the harness cuts them (BOS first, one token of context), or for BERT
-// every token masked once, in windows of the model's length.
+// text: windows of running text, which score each token once. Llama: as the harness rolls them (BOS
+// first, later ones with tokens before those they score); BERT: [CLS] tokens [SEP], asked for every
+// token with that one masked, in windows of the model's length.
 static void ask_text(Task *t, const Model *m, bool bos, int64_t item) {
     (void)bos;
     const char *text = t->items[item].field[0];
-    int64_t start = t->pool.n, window = m->max_length, done = 0;
+    bool bert = m->arch == BERT;
+    int64_t window = !bert ? m->max_length : (m->max_length < 512 ? m->max_length : 512) - 2;
     Ids ids = {0};
-    encode(m->tokenizer, text, (int64_t)strlen(text), &ids);
-    if (m->arch == LLAMA) {
-        push_bos(m, &t->pool);
-        push_ids(&t->pool, &ids, 0, ids.n);
-        for (int64_t end; done < ids.n; done = end) {
-            end = done + window < ids.n ? done + window : ids.n;
-            int64_t from = end > window ? end - window : 0;
+    if (window < 1) die("%s: its context holds no text between [CLS] and [SEP]", m->path);
+    push_text(m, true, text, (int64_t)strlen(text), &ids);
+    for (int64_t done = 1, end = 0; done < ids.n || (bert && !end); done = end) {
+        end = done + window < ids.n ? done + window : ids.n;
+        if (!bert) {
+            int64_t from = end - 1 > window ? end - 1 - window : 0;
             Request *r = new_request(t, item);
-            r->first = start + from;            // pool[start + i] is the token before ids[i]
-            r->n = end - from;
-            r->row = done - from;
-            r->target = start + done + 1;
+            push_ids(&t->pool, &ids, from, end);
+            r->n = end - 1 - from;
+            r->row = done - 1 - from;
+            r->target = r->first + done - from;
             r->n_targets = end - done;
+            continue;
         }
-    } else {
-        window = (window < 512 ? window : 512) - 2;
-        if (window < 1) die("%s: its context holds no text between [CLS] and [SEP]", m->path);
-        do {
-            int64_t n = ids.n - done < window ? ids.n - done : window;
-            start = t->pool.n;
-            ids_push(&t->pool, m->bos);
-            push_ids(&t->pool, &ids, done, done + n);
-            ids_push(&t->pool, m->eos);
-            for (int64_t i = 1; i <= n || i == 1; i++) {    // no tokens: nothing to mask or score
-                Request *r = new_request(t, item);
-                *r = (Request){.item = item, .first = start, .n = n + 2, .segment_from = n + 2,
-                               .mask_at = n ? i : -1, .row = i, .target = start + i,
-                               .n_targets = n > 0};
-            }
-            done += window;
-        } while (done < ids.n);
+        int64_t first = t->pool.n, n = end - done;
+        ids_push(&t->pool, m->bos);
+        push_ids(&t->pool, &ids, done, end);
+        ids_push(&t->pool, m->eos);
+        for (int64_t i = 1; i <= n || i == 1; i++) {    // no tokens: nothing to mask or score
+            *new_request(t, item) = (Request){
+                .item = item, .first = first, .n = n + 2, .segment_from = n + 2,
+                .mask_at = n ? i : -1, .row = i, .target = first + i, .n_targets = n > 0};
+        }
     }
     release(ids.id);
 }
@@ -3543,19 +3313,15 @@ static void ask_classify(Task *t, const Model *m, bool bos, int64_t item) {
     int pair = it->n_fields > 2;
     int64_t limit = (m->max_length < 128 ? m->max_length : 128) - 2 - pair;
     for (int i = 0; i <= pair; i++) {
-        encode(m->tokenizer, it->field[1 + i], (int64_t)strlen(it->field[1 + i]), &text[i]);
+        push_text(m, false, it->field[1 + i], (int64_t)strlen(it->field[1 + i]), &text[i]);
     }
     if (text[0].n + text[1].n > limit) {
         int longer = pair && text[1].n >= text[0].n;
-        int64_t small = text[!longer].n, large = limit - small > small ? limit - small : small;
-        if (small + large > limit) {
-            small = limit / 2;
-            large = limit - small;
-        }
-        text[longer].n = large;
-        text[!longer].n = small;
+        if (text[!longer].n > limit / 2) text[!longer].n = limit / 2;
+        text[longer].n = limit - text[!longer].n;
         t->cut[item] = true;
     }
+    r->n_targets = 1;                   // row 0, of [CLS], is what the classifier sees
     ids_push(&t->pool, m->bos);
     push_ids(&t->pool, &text[0], 0, text[0].n);
     ids_push(&t->pool, m->eos);
@@ -3567,19 +3333,16 @@ static void ask_classify(Task *t, const Model *m, bool bos, int64_t item) {
     release(text[1].id);
 }
 
-static double gold_of(const Task *t, int64_t item) { return strtod(t->items[item].field[0], NULL); }
-
 static void value_choice(const Task *t, const Request *r, int64_t n, double *value) {
     const Item *i = &t->items[r->item];
-    int64_t best = -1, best_norm = -1;      // a model that answers NaN is never right
-    double top = -INFINITY, top_norm = -INFINITY;
-    for (int64_t c = 0; c < n; c++) {
-        double norm = r[c].loglik / (double)count_codepoints(i->field[2 + c]);
-        if (r[c].loglik > top) top = r[c].loglik, best = c;
-        if (norm > top_norm) top_norm = norm, best_norm = c;
+    for (int norm = 0; norm < t->kind->width; norm++) {     // acc, acc_norm
+        double top = -INFINITY, best = -1;  // a model that answers NaN is never right
+        for (int64_t c = 0; c < n; c++) {
+            double length = norm ? (double)count_codepoints(i->field[2 + c]) : 1;
+            if (r[c].loglik / length > top) top = r[c].loglik / length, best = (double)c;
+        }
+        value[norm] = best == i->gold;
     }
-    value[0] = (double)best == gold_of(t, r->item);
-    if (t->kind->width > 1) value[1] = (double)best_norm == gold_of(t, r->item);
 }
 
 static void value_lastword(const Task *t, const Request *r, int64_t n, double *value) {
@@ -3591,20 +3354,20 @@ static void value_lastword(const Task *t, const Request *r, int64_t n, double *v
 static void value_generate(const Task *t, const Request *r, int64_t n, double *value) {
     (void)n;
     const char *text = r->text.s ? r->text.s : "", *answer = t->items[r->item].field[1];
-    for (int flexible = 0; flexible < 2; flexible++) {
-        value[flexible] = exact_match(text, answer, flexible);
-    }
+    value[0] = exact_match(text, answer, false);
+    value[1] = exact_match(text, answer, true);
 }
 
 static void value_classify(const Task *t, const Request *r, int64_t n, double *value) {
     (void)n;
     value[0] = r->prediction;
-    value[1] = gold_of(t, r->item);
+    value[1] = t->items[r->item].gold;
 }
 
 static void value_text(const Task *t, const Request *r, int64_t n, double *value) {
     const char *text = t->items[r->item].field[0];
-    value[2] = (double)count_words(text);
+    int64_t tail;
+    value[2] = (double)count_words(text, &tail);
     value[3] = (double)strlen(text);
     for (int64_t i = 0; i < n; i++) {
         value[0] += r[i].loglik;
@@ -3642,7 +3405,8 @@ static bool unescape(char *s) {
 }
 
 // Splits `s` at each `separator` that no backslash stands before (at the end of a line it escapes
-// nothing); returns the pieces and their number. The pieces are parts of s.
+// nothing); returns the pieces and their number. The pieces are parts of s, lines without a \r at
+// their end.
 static char **split(char *s, char separator, int *n) {
     char **piece = NULL;
     int64_t capacity = 0;
@@ -3652,121 +3416,112 @@ static char **split(char *s, char separator, int *n) {
         for (; *s && *s != separator; s++) {
             if (*s == '\\' && s[1] && s[1] != '\n') s++;
         }
+        if (separator == '\n' && s > piece[*n - 1] && s[-1] == '\r') s[-1] = 0;
         if (!*s) return piece;
         *s = 0;
     }
 }
 
-// One option of the header, "key=value".
-static void task_option(Task *t, char *key) {
-    char *value = strchr(key, '='), **part = NULL;
-    bool good = value != NULL;
-    int n = 0;
-    if (good) *value++ = 0;
-    if (!good) value = "";
-    else if (!strcmp(key, "head")) t->head = value;
-    else if (!strcmp(key, "name")) {            // it becomes a column of tables and a file name
-        t->name = value;
-        good = *value && !value[strspn(value, "ABCDEFGHIJKLMNOPQRSTUVWXYZ-_."
-                                              "abcdefghijklmnopqrstuvwxyz0123456789")];
-    } else if (!strcmp(key, "kind")) {
-        t->kind = NULL;
-        for (int i = 0; i < N_KINDS; i++) {
-            if (!strcmp(kinds[i].name, value)) t->kind = &kinds[i];
-        }
-        good = t->kind && !t->n_metrics;
-    } else if (!strcmp(key, "chance")) good = parse_double(value, &t->chance);
-    else if (!strcmp(key, "max_tokens")) good = parse_int(value, 1, 1 << 20, &t->max_tokens);
-    else if (!strcmp(key, "metrics")) {
-        part = split(value, ',', &n);
-        for (int i = 0; i < n && good; i++) {
-            const Metric *m = t->kind ? metric_find(t->kind->name, value = part[i]) : NULL;
-            good = m && t->n_metrics < 8;
-            if (good) t->metrics[t->n_metrics++] = m;
-        }
-    } else if (!strcmp(key, "labels") || !strcmp(key, "stop")) {
-        part = split(value, '|', &n);
-        for (int i = 0; i < n; i++) good &= unescape(part[i]) && *part[i];
-        *(*key == 'l' ? &t->labels : &t->stops) = part;
-        *(*key == 'l' ? &t->n_labels : &t->n_stops) = n;
-    } else good = false;
-    if (!good) {
-        die("%s: line 1: %s=%s: no such option or value (kind= stands before metrics=; names have "
-            "A-Z a-z 0-9 . _ -); see README.md, A task of your own", t->path, key, value);
+// The texts of an option, a|b|...; NULL where one is empty or has a bad escape.
+static char **option_texts(char *value, int *n) {
+    char **text = split(value, '|', n);
+    for (int i = 0; i < *n; i++) {
+        if (!unescape(text[i]) || !*text[i]) return NULL;
+    }
+    return text;
+}
+
+// Reads the n options, "key=value", of the task's header that stands at `place`. To add one: a row
+// in the table, and its reading.
+static void read_options(Task *t, const char *place, char **field, int n) {
+    char *name = "", *kind = "", *list = "", *chance = "nan", *tokens = "256";
+    char *labels = NULL, *stop = NULL;
+    const struct { const char *key; char **value; } option[] = {
+        {"name", &name}, {"kind", &kind}, {"metrics", &list}, {"head", &t->head}, {"stop", &stop},
+        {"labels", &labels}, {"chance", &chance}, {"max_tokens", &tokens}, {NULL, NULL}};
+    const char *bad = NULL;
+    for (int i = 0, k = 0; i < n && !bad; i++, k = 0) {
+        char *equals = strchr(field[i], '=');
+        if (equals) *equals = 0;
+        while (option[k].key && strcmp(option[k].key, field[i])) k++;
+        if (option[k].key && equals) *option[k].value = equals + 1;
+        else bad = field[i];
+    }
+    if (!parse_double(chance, &t->chance)) bad = "chance";
+    if (!parse_int(tokens, 1, 1 << 20, &t->max_tokens)) bad = "max_tokens";
+    if (labels && !(t->labels = option_texts(labels, &t->n_labels))) bad = "labels";
+    if (stop && !(t->stops = option_texts(stop, &t->n_stops))) bad = "stop";
+    if (!strcmp(kind, "classify") && t->n_labels < 2) bad = "labels";
+    if (!strcmp(kind, "regress")) t->n_labels = 1;      // one output, the number itself
+    char **metric = split(list, ',', &n);
+    for (t->n_metrics = 0; t->n_metrics < n && t->n_metrics < MOST_METRICS; t->n_metrics++) {
+        if (!(t->metrics[t->n_metrics] = metric_find(kind, metric[t->n_metrics]))) break;
+    }
+    if (t->n_metrics < n) bad = "metrics";
+    for (int i = 0; i < N_KINDS; i++) {
+        if (!strcmp(kinds[i].name, kind)) t->kind = &kinds[i];
+    }
+    if (!t->kind) bad = "kind";
+    t->name = name;                 // it becomes a column of tables and a file name
+    if (!*name || name[strspn(name, "ABCDEFGHIJKLMNOPQRSTUVWXYZ-_."
+                                    "abcdefghijklmnopqrstuvwxyz0123456789")]) bad = "name";
+    if (bad) {
+        die("%s: %s=: missing, or no such option or value (names have A-Z a-z 0-9 . _ -); see "
+            "README.md, A task of your own", place, bad);
     }
 }
 
 // Checks the columns of an item, so that all that follows can trust them, and undoes escapes.
-static void check_item(const Task *t, const Item *it) {
+static void check_item(const Task *t, Item *it, int64_t line) {
     const Kind *k = t->kind;
     const char *fault = NULL;
     int fewest = (int)strlen(k->columns);
-    int choices = k->output == CLASSIFIES ? t->n_labels : it->n_fields - 2;
+    int64_t gold = 0, choices = k->output == CLASSIFIES ? t->n_labels : it->n_fields - 2;
     for (int f = 0; f < it->n_fields; f++) {
         char *field = it->field[f], column = k->columns[f < fewest ? f : fewest - 1];
-        double number;
-        int64_t gold;
+        bool number = column == 'x' ? parse_double(field, &it->gold) && isfinite(it->gold)
+                    : column != 'g' || parse_int(field, 0, choices - 1, &gold);
         if (!unescape(field)) fault = "a backslash before other than n, t, r or \\";
         else if (column == 't' && !*field) fault = "an empty column";
-        else if (column == 'g' && !parse_int(field, 0, choices - 1, &gold)) {
-            fault = "the first column is not the number of a choice or label, counted from 0";
-        } else if (column == 'x' && !(parse_double(field, &number) && isfinite(number))) {
-            fault = "the first column is not a number";
-        }
+        else if (!number) fault = "the first column is not a number, or of no choice or label";
+        if (column == 'g') it->gold = (double)gold;
     }
     if (it->n_fields < fewest || it->n_fields > k->most) fault = "too few or too many columns";
     if (fault) {
         die("%s: line %lld: %s, for kind %s; see README.md, A task of your own", t->path,
-            (long long)it->line, fault, k->name);
+            (long long)line, fault, k->name);
     }
 }
 
-// Reads a task file and checks all of it.
+// Reads a task file and checks all of it. Its text stays: fields are parts of it.
 static Task *task_load(const char *path) {
     Task *t = allocate(1, sizeof *t, "task");
+    Text place = {0};
     int64_t bytes;
     int n, n_lines;
+    char *text = read_file(path, &bytes);
     t->path = copy_string(path);
-    t->text = read_file(path, &bytes);
-    t->chance = NAN;
-    t->max_tokens = 256;
-    t->hash = hash_bytes((unsigned char *)t->text, bytes);
-    bool whole = (int64_t)strlen(t->text) == bytes;
-    char **line = split(t->text + 3 * !strncmp(t->text, "\xef\xbb\xbf", 3), '\n', &n_lines);
+    t->hash = hash_bytes((unsigned char *)text, bytes);
+    bool whole = (int64_t)strlen(text) == bytes;
+    char **line = split(text + 3 * !strncmp(text, "\xef\xbb\xbf", 3), '\n', &n_lines);
     if (!whole) die("%s: line %d: a NUL byte; task files are text", path, n_lines);
-    for (int i = 0; i < n_lines; i++) {
-        char *end = line[i] + strlen(line[i]);
-        if (end > line[i] && end[-1] == '\r') end[-1] = 0;
-    }
     while (n_lines > 1 && !*line[n_lines - 1]) n_lines--;
+    t->header = copy_string(line[0]);
     char **field = split(line[0], '\t', &n);
     if (n < 2 || strcmp(field[0], "#painters-task") || strcmp(field[1], "1")) {
         die("%s: line 1: not a task file of version 1; it begins #painters-task<TAB>1", path);
     }
-    for (int i = 2; i < n; i++) task_option(t, field[i]);
-    if (!t->kind || !t->name || !t->n_metrics) {
-        die("%s: line 1: name=, kind= and metrics= are needed", path);
-    }
-    if (!strcmp(t->kind->name, "classify") && t->n_labels < 2) {
-        die("%s: line 1: labels=A|B|... is needed for kind classify", path);
-    }
+    text_printf(&place, "%s: line 1", path);
+    read_options(t, place.s, field + 2, n - 2);
     if (n_lines < 2) die("%s: line 2: no items; a task has at least one", path);
     t->n_items = n_lines - 1;
     t->items = allocate(t->n_items, sizeof *t->items, "items");
     t->cut = allocate(t->n_items, sizeof *t->cut, "items");
-    for (int64_t i = 0; i < t->n_items; i++) {
-        Item *it = &t->items[i];
-        it->line = i + 2;
-        it->field = split(line[i + 1], '\t', &it->n_fields);
-        check_item(t, it);
+    for (int i = 1; i < n_lines; i++) {
+        Item *it = &t->items[i - 1];
+        it->field = split(line[i], '\t', &it->n_fields);
+        check_item(t, it, i + 1);
     }
-    Text id = {0};
-    text_printf(&id, "#task\t%s\t%016llx\t%s\t%lld\t%.9g\t", t->name, (unsigned long long)t->hash,
-                t->kind->name, (long long)t->n_items, t->chance);
-    for (int i = 0; i < t->n_metrics; i++) {
-        text_printf(&id, "%s%s", i ? "," : "", t->metrics[i]->name);
-    }
-    t->identity = id.s;
     return t;
 }
 
@@ -3777,12 +3532,15 @@ static Task *task_load(const char *path) {
 typedef struct {             // one metric of one task under one schedule, ready to print or draw
     const char *task, *metric;
     const char *method;      // "baseline", a name from `interventions`, or "path"
+    int rank;                // of methods: 0 the baseline, then as in `interventions`, then paths
     int start;               // S, or the layer of drop and swap; -1 for baseline and path
-    int64_t arg;             // seed of random, R of loop; -1 otherwise
+    int turns;               // R of loop; -1 otherwise
+    double seed;             // of random; NaN otherwise
     const char *schedule;    // as --show prints it
     int layers;              // T
     double value, error;     // error: standard error; NaN when there is none
-    int64_t n, cut;          // items; items that did not fit the context
+    int64_t n, cut;          // items (of the summary: tasks); items that did not fit the context
+    int64_t merged;          // seeds that it is the mean of
     double chance;           // of the task's first metric; NaN unknown
     bool first;              // is this the task's first (summary) metric
     const char *bos;         // "bos", "no-bos", "-" (BERT)
@@ -3796,8 +3554,8 @@ typedef struct {                // a schedule and its results
     Schedule schedule;
     char *key, *text;           // its name in files ("skip:3", "random:3:7"); as --show prints it
     double *kept[MAX_TASKS];    // of each task [n_items][1 + width]: state, values; NULL: nothing
-    int64_t common;             // steps shared with the schedule before it in a walk
-    double partial[8];          // values of an item whose requests are not all answered yet
+    int64_t common;             // steps shared with the schedule before it in a walk,
+    float *state;               // and the batch's rows behind them, once the walk was there
     float *features;            // --probe: pooled features of the train items, [n_items][dim],
     double *weights;            // and what is fitted to them, [outputs][dim + 1]
 } Entry;
@@ -3809,9 +3567,8 @@ typedef struct {                // results: in memory, and line by line in an ap
     int n_tasks, n_wanted_tasks;
     char *identity, family[8], bos[8];      // identity: the line that says what results belong to
     int layers;
-    const char *reading, *path;             // the file being read, for errors; --out
-    int64_t line;
-    FILE *out;
+    Text place;                             // what is being read, for errors: "FILE: line 7"
+    FILE *out;                              // --out
 } Store;
 
 static const Intervention *intervention_named(const char *name, size_t n) {
@@ -3833,22 +3590,17 @@ static Entry *store_find(const Store *st, const char *key) {
 // Adds a schedule, or finds it where it was added before.
 static Entry *store_schedule(Store *st, Schedule s) {
     const Intervention *v = intervention_named(s.method, strlen(s.method));
-    char *text = schedule_text(&s);
+    Entry new = {.schedule = s, .text = schedule_text(&s)}, *known;
     Text key = {0};
     text_printf(&key, "%s", s.method);
     if (v) text_printf(&key, ":%lld", (long long)s.start);
     if (v && v->argument_flag) text_printf(&key, ":%lld", (long long)s.argument);
-    if (!strcmp(s.method, "path")) text_printf(&key, ":%s", text);
-    Entry *e = store_find(st, key.s);
-    if (e) {
-        release(key.s);
-        release(text);
-        return e;
-    }
-    st->entries = grow(st->entries, &st->capacity, st->n_entries + 1, sizeof *e, "schedules");
-    e = &st->entries[st->n_entries++];
-    *e = (Entry){.schedule = s, .key = key.s, .text = text};
-    return e;
+    if (!strcmp(s.method, "path")) text_printf(&key, ":%s", new.text);
+    if ((known = store_find(st, key.s))) return known;
+    new.key = key.s;
+    st->entries = grow(st->entries, &st->capacity, st->n_entries + 1, sizeof new, "schedules");
+    st->entries[st->n_entries] = new;
+    return &st->entries[st->n_entries++];
 }
 
 static void store_task(Store *st, Task *t) {
@@ -3859,36 +3611,20 @@ static void store_task(Store *st, Task *t) {
             t->path, t->name);
     }
     if (st->n_tasks == MAX_TASKS) die("%s: over %d tasks in one run", t->path, MAX_TASKS);
+    t->index = st->n_tasks;
     st->tasks[st->n_tasks++] = t;
 }
 
 // Room for what is kept of an item: state, values.
-static double *kept_of(const Store *st, Entry *e, int task, int64_t item) {
-    const Task *t = st->tasks[task];
+static double *kept_of(Entry *e, const Task *t, int64_t item) {
     int64_t n = 1 + t->kind->width;
-    if (!e->kept[task]) e->kept[task] = allocate(t->n_items * n, sizeof(double), "results");
-    return e->kept[task] + item * n;
+    double **kept = &e->kept[t->index];
+    if (!*kept) *kept = allocate(t->n_items * n, sizeof **kept, "results");
+    return *kept + item * n;
 }
 
 _Noreturn static void bad_line(const Store *st, const char *fault) {
-    die("%s: line %lld: %s; choose another file, or remove the line", st->reading,
-        (long long)st->line, fault);
-}
-
-// The schedule that a key of a result file names.
-static Schedule key_schedule(const Store *st, const char *key) {
-    if (!strcmp(key, "baseline")) return schedule_build(NULL, st->layers, -1, -1);
-    if (!strncmp(key, "path:", 5)) return schedule_parse(key + 5, st->layers, st->reading);
-    int n;
-    char **part = split(copy_string(key), ':', &n);
-    const Intervention *v = intervention_named(part[0], strlen(part[0]));
-    int64_t start, argument = -1;
-    if (!v || n != (v->argument_flag ? 3 : 2) ||
-        !parse_int(part[1], 0, largest_start(v, st->layers), &start) ||
-        (n == 3 && !parse_int(part[2], v->lowest, v->highest, &argument))) {
-        bad_line(st, "no schedule of such a model");
-    }
-    return schedule_build(v, st->layers, start, argument);
+    die("%s: %s; choose another file, or remove the line", st->place.s, fault);
 }
 
 // What results belong to, the first line of a result file: that of this run, or else of the file.
@@ -3903,29 +3639,36 @@ static void store_identity(Store *st, const char *line) {
     }
 }
 
-// A task as a line of a result file knows it: #task name hash kind items chance metrics.
+// A task as its line in a result file knows it: #task, items, hashes, and its own header's options.
 static Task *task_from_line(const Store *st, const char *line) {
     Task *t = allocate(1, sizeof *t, "task");
     int n;
-    char **field = split(copy_string(line), '\t', &n), **metric;
-    for (int i = 0; i < N_KINDS && n >= 7; i++) {
-        if (!strcmp(kinds[i].name, field[3])) t->kind = &kinds[i];
+    char **field = split(copy_string(line), '\t', &n);
+    *t = (Task){.path = copy_string(st->place.s), .identity = copy_string(line)};
+    if (n < 3 || !parse_int(field[1], 1, INT64_MAX / 64, &t->n_items)) {
+        bad_line(st, "not the description of a task");
     }
-    if (!t->kind || !parse_int(field[4], 1, INT64_MAX / 64, &t->n_items) ||
-        !parse_double(field[5], &t->chance)) bad_line(st, "not the description of a task");
-    t->path = copy_string(st->reading);
-    t->identity = copy_string(line);
-    t->name = field[1];
-    metric = split(field[6], ',', &n);
-    for (int i = 0; i < n && i < 8; i++, t->n_metrics++) {
-        t->metrics[i] = metric_find(t->kind->name, metric[i]);
-        if (!t->metrics[i]) bad_line(st, "an unknown metric");
-    }
+    read_options(t, t->path, field + 3, n - 3);
     return t;
 }
 
+// The schedule that a key of a result file names.
+static Schedule key_schedule(const Store *st, const char *key) {
+    if (!strncmp(key, "path:", 5)) return schedule_parse(key + 5, st->layers, st->place.s);
+    int n;
+    char **part = split(copy_string(key), ':', &n);
+    const Intervention *v = intervention_named(part[0], strlen(part[0]));
+    int64_t start = -1, argument = -1;
+    if (n != (v ? v->argument_flag ? 3 : 2 : 1) || (!v && strcmp(key, "baseline")) ||
+        (n > 1 && !parse_int(part[1], 0, largest_start(v, st->layers), &start)) ||
+        (n > 2 && !parse_int(part[2], v->lowest, v->highest, &argument))) {
+        bad_line(st, "no schedule of such a model");
+    }
+    return schedule_build(v, st->layers, start, argument);
+}
+
 // One result: task, schedule, item, state, values ...
-static void store_record(Store *st, char *line) {
+static void store_result(Store *st, char *line) {
     int n, task = 0;
     int64_t item;
     char **field = split(line, '\t', &n);
@@ -3936,41 +3679,41 @@ static void store_record(Store *st, char *line) {
     }
     Entry *e = store_find(st, field[1]);
     if (!e) e = store_schedule(st, key_schedule(st, field[1]));
-    double *kept = kept_of(st, e, task, item);
-    bool known = kept[0] != MISSING;
-    bool labels = t->kind->output == CLASSIFIES && strcmp(t->kind->name, "regress");
-    for (int i = 0; i <= t->kind->width; i++) {
-        double value, lowest = i ? 0 : DONE, highest = i ? 65535 : DONE_CUT;
-        bool whole = labels || i == 0, number = parse_double(field[3 + i], &value);
-        if (!number || (whole && !(value >= lowest && value <= highest && value == floor(value)))) {
-            bad_line(st, "a value is no number, or not one that can stand there");
+    double value[16], *kept = kept_of(e, t, item);
+    for (int i = 0; i < n - 3; i++) {
+        bool label = i && t->kind->output == CLASSIFIES && t->kind->columns[0] == 'g';
+        double lowest = i ? 0 : DONE, highest = i ? t->n_labels - 1 : DONE_CUT;
+        bool good = parse_double(field[3 + i], &value[i]);
+        if (label || i == 0) {
+            good = good && value[i] >= lowest && value[i] <= highest && value[i] == floor(value[i]);
         }
-        if (known && kept[i] != value && !(isnan(kept[i]) && isnan(value))) {
-            bad_line(st, "another result of the same item than before");
-        }
-        kept[i] = value;
+        if (!good) bad_line(st, "a value is no number, or not one that can stand there");
     }
+    size_t bytes = (size_t)(n - 3) * sizeof *kept;
+    if (kept[0] != MISSING && memcmp(kept, value, bytes)) {
+        bad_line(st, "another result of the same item than before");
+    }
+    memcpy(kept, value, bytes);
     release(field);
 }
 
 // Reads a result file into the store and returns the length of its whole lines: a line that a kill
 // left unfinished is not counted.
 static int64_t store_read(Store *st, const char *path) {
-    int64_t bytes;
+    int64_t bytes, line = 0;
     char *text = read_file(path, &bytes), *at = text, *stop;
-    st->reading = path;
-    for (st->line = 1; (stop = memchr(at, '\n', (size_t)(text + bytes - at))); st->line++) {
+    for (; (stop = memchr(at, '\n', (size_t)(text + bytes - at))); at = stop + 1) {
+        st->place.n = 0;
+        text_printf(&st->place, "%s: line %lld", path, (long long)++line);
         *stop = 0;
         if (strlen(at) < (size_t)(stop - at)) bad_line(st, "a NUL byte");
         if (!strncmp(at, "#painters-results\t", 18)) store_identity(st, at);
-        else if (!st->identity || st->line == 1) bad_line(st, "not a result file");
+        else if (!st->identity || line == 1) bad_line(st, "not a result file");
         else if (!strncmp(at, "#task\t", 6)) store_task(st, task_from_line(st, at));
-        else store_record(st, at);
-        at = stop + 1;
+        else store_result(st, at);
     }
-    int64_t whole = at - text;
     release(text);
-    return whole;
+    return at - text;
 }
 
 static FILE *open_written(const char *path, const char *mode) {
@@ -3981,13 +3724,12 @@ static FILE *open_written(const char *path, const char *mode) {
 
 // Opens --out: reads what is there, cuts off a line that a kill left unfinished, and adds the lines
 // that say what follows.
-static void store_open(Store *st, const char *path) {
-    st->path = path;
-    st->out = open_written(path, "ab");
+static void store_open(Store *st) {
+    st->out = open_written(options.out, "ab");
     fseek(st->out, 0, SEEK_END);
-    int64_t length = ftell(st->out), whole = length > 0 ? store_read(st, path) : 0;
+    int64_t length = ftell(st->out), whole = length > 0 ? store_read(st, options.out) : 0;
     if (whole < length && ftruncate(fileno(st->out), whole)) {
-        die("%s: cannot be cut: %s", path, strerror(errno));
+        die("%s: cannot be cut: %s", options.out, strerror(errno));
     }
     fprintf(st->out, "%s\n", st->identity);
     for (int i = 0; i < st->n_wanted_tasks; i++) fprintf(st->out, "%s\n", st->tasks[i]->identity);
@@ -4020,121 +3762,99 @@ static int64_t plan_walk(Entry **entry, int64_t n) {
     return passes;
 }
 
-typedef struct {                // the evaluator at work on the items of one task
-    Session *s;
-    Store store;
-    Entry **entry;              // [n]: the schedules of a walk, in its order
-    int64_t n;
-    Task *t;
-    int task;                   // its index in the store
-    bool pooling;               // --probe: t is the train set, whose features are collected
-    int64_t first, last;        // the batch holds requests first .. last-1
-    int64_t prefix;             // tokens that all requests begin with: sequence 0, the parent of
-    bool prefix_kept;           // the others, computed once or in every batch
-    int64_t answers, answers_due;
-    int64_t separate_passes;    // layer passes that a run of its own per schedule would need
-    double started;
-    FILE *log;
-} Evaluation;
-
-static volatile sig_atomic_t interrupted;
-
-static void on_interrupt(int signal_number) { interrupted = signal_number; }
-
-// Stops where Ctrl-C or a termination signal asked for it; all that was finished is in --out.
-static void stop_if_interrupted(const Evaluation *e) {
-    const char *path = e->store.path;
-    if (!interrupted) return;
-    warn("\nstopped; %s%s", path ? path : "with --out FILE a run can be continued", path ?
-         " keeps what is done, and the same command goes on from there" : "");
-    exit(128 + (int)interrupted);
-}
-
-// Whether this run has still to answer an item of the task under a schedule.
-static bool due(const Evaluation *e, Entry *x, int64_t item) {
-    if (e->pooling) return true;
-    if (options.limit >= 0 && item >= options.limit) return false;
-    if (item % options.n_parts != options.part - 1) return false;
-    return kept_of(&e->store, x, e->task, item)[0] == MISSING;
-}
-
-typedef struct {                // a row of the batch whose next token is asked for
+typedef struct {                // a row of the batch that is scored or classified
     Request *request;
     int64_t row;
-    int token, best;            // the token that is scored; the likeliest one
+    int token, best;            // the token whose probability is asked for; the likeliest one
     double loglik;              // of `token`
     int sequence;               // of a text that is being generated,
     int64_t made;               // with so many tokens,
     bool begun;                 // not all of them BOS
 } Target;
 
-// Fills in what the model says behind rows of the batch, some rows at a time.
-static void score_rows(Session *s, Target *target, int64_t n) {
+typedef struct {                // the evaluator at work on the items of one task
+    Session *s;
+    Store store;
+    Entry **entry;              // [n]: the schedules of a walk, in its order
+    int64_t n;
+    Task *t, *train;            // train: of --probe, or NULL
+    int64_t first, last;        // the batch holds requests first .. last-1
+    Target *target;             // [n_targets]: its rows to score
+    int64_t n_targets, capacity;
+    int64_t *row_at;            // [max_length + 1]: rows of the last request's tokens in the batch
+    int64_t prefix;             // tokens that all requests begin with, kept as sequence 0; or 0
+    int64_t answers, answers_due;
+    int64_t separate_passes;    // layer passes that a run of its own per schedule would need
+    double started;
+    FILE *log;
+} Evaluation;
+
+// Ctrl-C and termination: all that was finished is in --out already.
+static const char *farewell;
+
+static void on_interrupt(int signal_number) {
+    if (write(fileno(stderr), farewell, strlen(farewell)) < 0) _Exit(1);
+    _Exit(128 + signal_number);
+}
+
+// Whether this run has still to answer an item of a task under a schedule. Of the train items,
+// whose features are collected before anything is answered, it needs all.
+static bool due(Entry *x, const Task *t, int64_t item) {
+    if (x->features) return true;
+    if (options.limit >= 0 && item >= options.limit) return false;
+    if (item % options.n_parts != options.part - 1) return false;
+    return kept_of(x, t, item)[0] == MISSING;
+}
+
+// Fills in what the model says behind rows of the batch, some at a time: the log-likelihoods of
+// tokens, which add up in their requests.
+static void score(Session *s, Target *target, int64_t n) {
     enum { AT_ONCE = 128 };
     int64_t vocab = s->model->vocab_size, rows[AT_ONCE];
     float *z = allocate(AT_ONCE * vocab, sizeof *z, "logits");
-    for (int64_t from = 0; from < n; from += AT_ONCE) {
-        int64_t count = n - from < AT_ONCE ? n - from : AT_ONCE;
+    for (int64_t i = 0; i < n; i++) {
+        target[i].request->loglik = 0;
+        target[i].request->greedy = true;
+    }
+    for (int64_t from = 0, count; from < n; from += count) {
         Target *t = target + from;
+        count = n - from < AT_ONCE ? n - from : AT_ONCE;
         for (int64_t i = 0; i < count; i++) rows[i] = t[i].row;
         logits(s, rows, count, z);
         #pragma omp parallel for
         for (int64_t i = 0; i < count; i++) {
             t[i].loglik = log_softmax_at(z + i * vocab, vocab, t[i].token, &t[i].best);
         }
+        for (int64_t i = 0; i < count; i++) {
+            t[i].request->loglik += t[i].loglik;
+            t[i].request->greedy &= t[i].best == t[i].token;
+        }
     }
     release(z);
 }
 
-// Log-likelihoods of the batch's requests.
-static void score_requests(Evaluation *e) {
-    Target *target = NULL;
-    int64_t n = 0, capacity = 0;
-    for (int64_t i = e->first; i < e->last; i++) {
-        Request *r = &e->t->requests[i];
-        r->loglik = 0;
-        r->greedy = true;
-        for (int64_t j = r->row; j < r->row + r->n_targets; j++) {
-            int64_t row = j < r->shared ? r->parent_row + j : r->own_row + j - r->shared;
-            target = grow(target, &capacity, n + 1, sizeof *target, "tokens to score");
-            target[n++] = (Target){.request = r, .row = row,
-                                    .token = e->t->pool.id[r->target + j - r->row]};
-        }
-    }
-    score_rows(e->s, target, n);
-    for (int64_t i = 0; i < n; i++) {
-        target[i].request->loglik += target[i].loglik;
-        target[i].request->greedy &= target[i].best == target[i].token;
-    }
-    release(target);
-}
-
-static int n_outputs(const Task *t) {
-    return strcmp(t->kind->name, "regress") ? t->n_labels : 1;
-}
-
 // What the classifier, or a schedule's probe, makes of the batch's [CLS] rows.
-static void classify_requests(Evaluation *e, Entry *entry) {
+static void classify(Evaluation *e, Entry *entry) {
     const Head *h = e->t->classifier;
-    int64_t n = e->last - e->first, d = e->s->model->dim;
+    int64_t n = e->n_targets, d = e->s->model->dim, width = h ? h->n_labels : 0;
     int64_t *rows = allocate(n, sizeof *rows, "rows to classify");
     float *x = allocate(n * d, sizeof *x, "pooled features");
-    float *z = allocate(h ? n * h->n_labels : 0, sizeof *z, "class scores");
-    for (int64_t j = 0; j < n; j++) rows[j] = e->t->requests[e->first + j].own_row;
+    float *z = allocate(n * width, sizeof *z, "class scores");
+    for (int64_t j = 0; j < n; j++) rows[j] = e->target[j].row;
     pooled(e->s, rows, n, x);
-    if (h) matmul(z, x, &h->weight, h->bias, n);
+    if (h) matmul(z, x, &h->weight, n);
     for (int64_t j = 0; j < n; j++) {
-        Request *r = &e->t->requests[e->first + j];
-        const float *own = x + j * d, *score = z + j * (h ? h->n_labels : 0);
+        Request *r = e->target[j].request;
+        const float *own = x + j * d, *scores = z + j * width;
         int best = 0;
         r->text.n = 0;
-        for (int k = 0; h && k < h->n_labels; k++) {
-            text_printf(&r->text, "%s%.6f", k ? " " : "", (double)score[k]);
-            if (score[k] > score[best]) best = k;
+        for (int k = 0; k < width; k++) {
+            text_printf(&r->text, "%s%.6f", k ? " " : "", (double)scores[k]);
+            if (scores[k] > scores[best]) best = k;
         }
-        if (e->pooling) memcpy(entry->features + r->item * d, own, (size_t)d * sizeof *own);
-        else if (!h) r->prediction = probe_predict(entry->weights, own, d, n_outputs(e->t));
-        else r->prediction = h->regression ? (double)score[0] : e->t->label_of[best];
+        if (entry->features) memcpy(entry->features + r->item * d, own, (size_t)d * sizeof *own);
+        else if (!h) r->prediction = probe_predict(entry->weights, own, d, e->t->n_labels);
+        else r->prediction = h->regression ? (double)scores[0] : e->t->label_of[best];
     }
     release(rows);
     release(x);
@@ -4153,27 +3873,22 @@ static void write_escaped(FILE *f, const Text *text) {
     }
 }
 
-// Keeps the values of an item, answered by n requests: in memory, in --out and in --log.
-static void keep_item(Evaluation *e, Entry *x, const Request *r, int64_t n) {
-    const Task *t = e->t;
+// Writes an item's result, answered by n requests, to --out and --log; the log has the answers too.
+static void write_result(const Evaluation *e, const Entry *x, const double *kept, const Request *r,
+                         int64_t n) {
+    const Kind *kind = e->t->kind;
     FILE *file[] = {e->store.out, e->log};
-    e->answers++;
-    if (e->pooling) return;
-    double *kept = kept_of(&e->store, x, e->task, r->item);
-    kept[0] = t->cut[r->item] ? DONE_CUT : DONE;
-    memcpy(kept + 1, x->partial, (size_t)t->kind->width * sizeof *kept);
     for (int i = 0; i < 2; i++) {
         FILE *f = file[i];
         if (!f) continue;
-        fprintf(f, "%s\t%s\t%lld", t->name, x->key, (long long)r->item);
-        for (int k = 0; k <= t->kind->width; k++) fprintf(f, "\t%.17g", kept[k]);
+        fprintf(f, "%s\t%s\t%lld", e->t->name, x->key, (long long)r->item);
+        for (int k = 0; k <= kind->width; k++) fprintf(f, "\t%.17g", kept[k]);
         if (f == e->log) {
-            bool scores = t->kind->output == SCORES;
             fputc('\t', f);
-            for (int64_t k = 0; k < n && scores && !t->kind->adds; k++) {
+            if (kind->output != SCORES) write_escaped(f, &r->text);
+            else for (int64_t k = 0; k < n && !kind->adds; k++) {
                 fprintf(f, "%s%.12g", k ? " " : "", r[k].loglik);
             }
-            if (!scores) write_escaped(f, &r->text);
         }
         fputc('\n', f);
     }
@@ -4186,61 +3901,76 @@ static void keep_answers(Evaluation *e, Entry *x, int64_t from, int64_t end) {
     for (int64_t to; from < end; from = to) {
         const Request *r = &t->requests[from];
         for (to = from + 1; to < end && t->requests[to].item == r->item; to++) {}
-        t->kind->value(t, r, to - from, x->partial);
-        if (t->kind->adds && to < t->n_requests && t->requests[to].item == r->item) continue;
-        if (due(e, x, r->item)) keep_item(e, x, r, to - from);
-        memset(x->partial, 0, sizeof x->partial);
+        bool over = to == t->n_requests || t->requests[to].item != r->item;
+        e->answers += over && due(x, t, r->item);
+        if (x->features || !due(x, t, r->item)) continue;
+        double *kept = kept_of(x, t, r->item);
+        t->kind->value(t, r, to - from, kept + 1);
+        if (!over) continue;            // the others of the item are in the next batch
+        kept[0] = t->cut[r->item] ? DONE_CUT : DONE;
+        write_result(e, x, kept, r, to - from);
     }
     if (out && (fflush(out) || ferror(out))) {
         die("%s: cannot be written: %s; free space, then run the same command again",
-            e->store.path, strerror(errno));
+            options.out, strerror(errno));
     }
     progress(t->name, e->answers, e->answers_due, e->started);
+}
+
+// Lets the texts that are being generated grow by their likeliest tokens. One that has come to its
+// end is kept, and makes room for the next.
+static void take_tokens(Evaluation *e) {
+    const Task *t = e->t;
+    const Model *m = e->s->model;
+    for (Target *v = e->target + e->n_targets; v-- > e->target;) {
+        Text *text = &v->request->text;
+        int64_t i = v->request - t->requests;
+        char *cut = NULL;
+        text_add(text, "", 0);
+        if (v->best != m->eos) decode(m->tokenizer, v->begun ? v->best : -1, v->best, text);
+        v->begun |= v->best != m->bos;          // until then a text begins (-1)
+        for (int k = 0; k < t->n_stops; k++) {  // cut at the first of the stop texts
+            char *stop = strstr(text->s, t->stops[k]);
+            if (stop && (!cut || stop < cut)) cut = stop;
+        }
+        if (cut) {
+            *cut = 0;
+            text->n = cut - text->s;
+        }
+        if (++v->made < t->max_tokens && !cut && v->best != m->eos) continue;
+        keep_answers(e, e->entry[0], i, i + 1);
+        sequence_close(e->s, v->sequence);
+        *v = e->target[--e->n_targets];
+    }
 }
 
 // Runs the batch through all schedules of the walk. The rows are saved where a later schedule
 // parts from the present one, and taken up again when its turn comes.
 static void walk(Evaluation *e) {
     Session *s = e->s;
-    int64_t depth = 0, n_saved = 0, size = s->batch.n_rows * s->model->dim;
-    float **saved = allocate(e->n, sizeof *saved, "states at forks");
+    int64_t size = s->batch.n_rows * s->model->dim;
     embed(s);
     for (int64_t k = 0; k < e->n; k++) {
         Entry *x = e->entry[k];
         const Schedule *sc = &x->schedule;
-        if (x->common < depth) {
-            depth = x->common;
-            memcpy(s->x, saved[--n_saved], (size_t)size * sizeof *s->x);
-            release(saved[n_saved]);
-        }
-        for (; depth < sc->n_steps; depth++) {
-            int64_t next = k + 1, at = sc->first[depth], slot = s->kv_mean ? depth : at;
+        if (x->state) memcpy(s->x, x->state, (size_t)size * sizeof *s->x);
+        release(x->state);
+        x->state = NULL;
+        for (int64_t depth = x->common; depth < sc->n_steps; depth++) {
+            int64_t next = k + 1;
             while (next < e->n && e->entry[next]->common > depth) next++;
             if (next < e->n && e->entry[next]->common == depth) {
-                saved[n_saved] = allocate(size, sizeof *s->x, "states at a fork");
-                memcpy(saved[n_saved++], s->x, (size_t)size * sizeof *s->x);
+                float *state = allocate(size, sizeof *state, "states at a fork");
+                e->entry[next]->state = memcpy(state, s->x, (size_t)size * sizeof *state);
             }
-            stop_if_interrupted(e);
-            run_step(s, sc->layer + at, sc->first[depth + 1] - at, slot);
+            run_step(s, sc, depth);
         }
         e->separate_passes += sc->n_slots;
-        if (e->t->kind->output == SCORES) score_requests(e);
-        if (e->t->kind->output == CLASSIFIES) classify_requests(e, x);
-        keep_answers(e, x, e->first, e->last);
+        if (e->t->kind->output == CLASSIFIES) classify(e, x);
+        else score(s, e->target, e->n_targets);
+        if (e->t->kind->output == GENERATES) take_tokens(e);
+        else keep_answers(e, x, e->first, e->last);
     }
-    release(saved);
-}
-
-// How many tokens n requests all begin with.
-static int64_t common_tokens(const Task *t, const Request *r, int64_t n) {
-    int64_t common = r->n;
-    for (int64_t i = 1; i < n; i++) {
-        const int *a = t->pool.id + r->first, *b = t->pool.id + r[i].first;
-        int64_t k = 0;
-        while (k < common && k < r[i].n && a[k] == b[k]) k++;
-        common = k;
-    }
-    return common;
 }
 
 // Puts the tokens of a request from position `from` up to `to` into the batch.
@@ -4253,152 +3983,112 @@ static void add_rows(Session *s, const Task *t, const Request *r, int sequence, 
     }
 }
 
-// Fills the batch with requests from `from` on, whole items at a time, until it has its tokens.
-// What the requests of an item have in common is a sequence of its own, with them as its children.
-static void open_batch(Evaluation *e, int64_t from) {
+// Puts a request into the batch. The tokens that it shares with the one before it are read in the
+// sequence q of that one, or in its ancestors. Returns its own sequence, which has room for so many
+// tokens `more`.
+static int add_request(Evaluation *e, Request *r, int q, int64_t more, int64_t n_slots) {
     Session *s = e->s;
+    int64_t shared = s->batch.n_rows ? r->shared : e->prefix;
+    while (q >= 0 && s->sequences[q].start >= shared) q = s->sequences[q].parent;
+    if (q >= 0 && s->sequences[q].depth == MAX_DEPTH) {
+        shared = s->sequences[q].start;
+        q = s->sequences[q].parent;
+    }
+    for (int64_t j = shared; j < r->n; j++) e->row_at[j] = s->batch.n_rows + j - shared;
+    if (shared < r->n) {
+        q = sequence_new(s, q, r->n - shared + more, n_slots);
+        s->sequences[q].start = s->sequences[q].end = shared;
+        add_rows(s, e->t, r, q, shared, r->n);
+    }
+    e->target = grow(e->target, &e->capacity, e->n_targets + r->n_targets, sizeof *e->target,
+                     "tokens to score");
+    for (int64_t j = 0; j < r->n_targets; j++) {
+        e->target[e->n_targets++] = (Target){.request = r, .row = e->row_at[r->row + j],
+                                             .token = e->t->pool.id[r->target + j], .sequence = q};
+    }
+    return q;
+}
+
+enum { CACHE_MEGABYTES = 2048 };        // for keys and values; beyond it texts wait
+
+// Fills the batch: with a row of each text that is being generated, and with the next requests,
+// whole items at a time, until it has its tokens. A request shares what it begins with in common
+// with the one before it: the choices of a question their context, questions their examples. Many
+// texts grow in the same passes, and as some end, the prompts of others come in, so that passes
+// stay full: a sweep of 12 layers took 0.74 of the time of one that shared prompts between
+// schedules and let each batch run out.
+static void fill_batch(Evaluation *e) {
+    Session *s = e->s;
+    const Model *m = s->model;
     Task *t = e->t;
     Request *r = t->requests;
-    int64_t to = from;
-    int prefix = e->prefix ? 0 : -1;
-    session_reset(s, e->prefix_kept);
-    if (e->prefix && !e->prefix_kept) {
-        sequence_new(s, -1, e->prefix, e->n > 1 ? 1 : schedule_slots(s, &e->entry[0]->schedule));
-        add_rows(s, t, r, prefix, 0, e->prefix);
+    bool grows = t->kind->output == GENERATES;
+    int64_t more = grows ? t->max_tokens : 0, cached = 0;
+    int64_t n_slots = grows ? schedule_slots(s, &e->entry[0]->schedule) : 1;
+    double token_bytes = 4.0 * (double)(n_slots * m->n_kv_heads * (m->head_dim + value_stride(m)));
+    int q = e->prefix ? 0 : -1;
+    batch_commit(s);
+    if (!grows) {
+        session_reset(s, e->prefix > 0);
+        e->n_targets = 0;
     }
-    while (to < t->n_requests) {
-        int64_t end = to + 1, shared = e->prefix, rows = 0;
-        while (end < t->n_requests && !t->kind->adds && r[end].item == r[to].item) end++;
-        if (end > to + 1) shared = common_tokens(t, r + to, end - to);
-        for (int64_t i = to; i < end; i++) rows += r[i].n - shared;
-        rows += shared - e->prefix;
-        if (to > from && s->batch.n_rows + rows > options.batch) break;
-        int parent = prefix;
-        int64_t parent_row = s->batch.n_rows - e->prefix;
-        if (shared > e->prefix) {
-            parent = sequence_new(s, prefix, shared - e->prefix, 1);
-            add_rows(s, t, &r[to], parent, e->prefix, shared);
-        }
-        for (; to < end; to++) {
-            r[to].shared = shared;
-            r[to].parent_row = parent_row;
-            r[to].own_row = s->batch.n_rows;
-            if (r[to].n == shared) continue;
-            int own = sequence_new(s, parent, r[to].n - shared, 1);
-            add_rows(s, t, &r[to], own, shared, r[to].n);
-        }
+    for (Target *v = e->target; v < e->target + e->n_targets; v++) {
+        v->row = s->batch.n_rows;
+        batch_add(s, v->sequence, v->best, 0);
+        cached += s->sequences[v->sequence].capacity;
     }
-    e->first = from;
-    e->last = to;
+    for (e->first = e->last; e->last < t->n_requests;) {
+        int64_t end = e->last, rows = 0;
+        do rows += r[end].n - r[end].shared;
+        while (++end < t->n_requests && !t->kind->adds && r[end].item == r[end - 1].item);
+        cached += rows + more;
+        if (s->batch.n_rows && (s->batch.n_rows + rows > options.batch ||
+                                (double)cached * token_bytes > CACHE_MEGABYTES * 1e6)) break;
+        while (e->last < end) q = add_request(e, &r[e->last++], q, more, n_slots);
+    }
 }
 
-// Adds the likeliest token to a text that is being generated; true when it has come to its end.
-static bool take_token(const Evaluation *e, Target *v) {
-    const Task *t = e->t;
+// Makes the requests of what is due of a task under the schedules of the walk. The tokens that all
+// of them begin with, before the first row that is scored, are run only once where there is one
+// schedule (the keys and values of many would not fit into memory).
+static void ask(Evaluation *e, Task *t) {
     const Model *m = e->s->model;
-    Text *text = &v->request->text;
-    char *cut = NULL;
-    v->made++;
-    if (v->best == m->eos) return true;
-    decode(m->tokenizer, v->begun ? v->best : -1, v->best, text);   // -1: a text begins
-    v->begun |= v->best != m->bos;
-    for (int i = 0; i < t->n_stops; i++) {      // cut at the first of the stop texts
-        char *stop = strstr(text->s, t->stops[i]);
-        if (stop && (!cut || stop < cut)) cut = stop;
-    }
-    if (cut) {
-        *cut = 0;
-        text->n = cut - text->s;
-    }
-    return cut || v->made >= t->max_tokens;
-}
-
-// Memory for the keys and values of texts being generated; beyond it they wait.
-enum { CACHE_MEGABYTES = 2048 };
-
-// Greedy generation under one schedule. Many texts grow in the same passes, a token each; as some
-// end, the prompts of others come in, so that passes stay full: a sweep of 12 layers took 0.74 of
-// the time of one that shared prompts between schedules and let each batch run out.
-static void generate(Evaluation *e) {
-    Session *s = e->s;
-    Task *t = e->t;
-    Entry *x = e->entry[0];
-    const Model *m = s->model;
-    int64_t n_slots = schedule_slots(s, &x->schedule), n = 0, opened = 0, next = 0;
-    int prefix = e->prefix ? 0 : -1;
-    double row_bytes = 4.0 * (double)(n_slots * m->n_kv_heads * (m->head_dim + value_stride(m)));
-    Target *text = allocate(t->n_requests, sizeof *text, "texts");  // n, then those that have ended
-    session_reset(s, e->prefix_kept);
-    for (;;) {
-        int64_t cached = 0;
-        for (int64_t k = 0; k < n; k++) {
-            text[k].row = s->batch.n_rows;
-            batch_add(s, text[k].sequence, text[k].best, 0);
-            cached += text[k].request->n - e->prefix + t->max_tokens;
-        }
-        for (; next < t->n_requests; next++, n++) {
-            Request *r = &t->requests[next];
-            int64_t rows = r->n - e->prefix, room = rows + t->max_tokens;
-            cached += room;
-            if (n && (s->batch.n_rows + rows > options.batch ||
-                      (double)cached * row_bytes > CACHE_MEGABYTES * 1e6)) break;
-            int q = text[n].sequence;           // of a text that has ended
-            if (n < opened) sequence_open(s, q, prefix, room, n_slots);
-            else q = sequence_new(s, prefix, room, n_slots), opened++;
-            add_rows(s, t, r, q, e->prefix, r->n);
-            text[n] = (Target){.request = r, .row = s->batch.n_rows - 1, .sequence = q};
-            text_add(&r->text, "", 0);
-        }
-        if (!n) break;
-        stop_if_interrupted(e);
-        forward(s, &x->schedule);
-        batch_commit(s);
-        e->separate_passes += x->schedule.n_slots;
-        score_rows(s, text, n);
-        for (int64_t k = n - 1; k >= 0; k--) {
-            Target ended = text[k];
-            if (!take_token(e, &text[k])) continue;
-            keep_answers(e, x, ended.request - t->requests, ended.request - t->requests + 1);
-            text[k] = text[--n];
-            text[n] = ended;
-        }
-    }
-    release(text);
-}
-
-// Few-shot text: the tokens that all requests begin with, before the first row that is scored.
-static int64_t common_prefix(const Session *s, const Task *t) {
-    if (s->model->arch == BERT || s->kv_mean || t->kind->adds || !t->n_requests) return 0;
-    int64_t n = common_tokens(t, t->requests, t->n_requests);
-    for (int64_t i = 0; i < t->n_requests; i++) {
-        if (t->requests[i].row < n) n = t->requests[i].row;
-    }
-    return n < 16 ? 0 : n;
-}
-
-// Answers what is due of the task under the schedules of the walk.
-static void run_requests(Evaluation *e) {
-    Task *t = e->t;
+    bool llama = m->arch == LLAMA;
     while (t->n_requests) release(t->requests[--t->n_requests].text.s);
     t->pool.n = 0;
     for (int64_t item = 0; item < t->n_items; item++) {
         bool any = false;
-        for (int64_t k = 0; k < e->n && !any; k++) any = due(e, e->entry[k], item);
-        if (any) t->kind->ask(t, e->s->model, options.bos, item);
+        for (int64_t k = 0; k < e->n && !any; k++) any = due(e->entry[k], t, item);
+        if (any) t->kind->ask(t, m, options.bos, item);
     }
-    e->prefix = common_prefix(e->s, t);
-    e->prefix_kept = false;
-    if (e->prefix && e->n == 1) {       // under many schedules its keys and values do not fit
-        open_batch(e, t->n_requests);   // no request, the prefix alone
+    e->prefix = llama && e->n == 1 && !e->s->kv_mean ? m->max_length : 0;
+    for (int64_t i = 0; i < t->n_requests; i++) {
+        Request *r = &t->requests[i], *before = i && llama ? r - 1 : NULL;
+        const int *id = t->pool.id;
+        while (before && r->shared < r->n && r->shared < before->n &&
+               id[r->first + r->shared] == id[before->first + r->shared]) r->shared++;
+        if (before && r->shared < e->prefix) e->prefix = r->shared;
+        if (r->row < e->prefix) e->prefix = r->row;
+    }
+    if (e->prefix < 16) e->prefix = 0;          // not worth a pass
+    for (int64_t i = 0; i < t->n_requests && t->kind->output == GENERATES; i++) {
+        t->requests[i].shared = e->prefix;      // the text before it may have ended
+    }
+}
+
+// Answers what is due of a task under the schedules of the walk.
+static void run_requests(Evaluation *e, Task *t) {
+    Session *s = e->s;
+    e->t = t;
+    e->first = e->last = e->n_targets = 0;
+    ask(e, t);
+    session_reset(s, 0);
+    if (e->prefix) {
+        int q = sequence_new(s, -1, e->prefix, schedule_slots(s, &e->entry[0]->schedule));
+        add_rows(s, t, t->requests, q, 0, e->prefix);
         walk(e);
-        batch_commit(e->s);
-        e->prefix_kept = true;
     }
-    if (t->kind->output == GENERATES) generate(e);
-    for (int64_t from = 0; from < t->n_requests && t->kind->output != GENERATES; from = e->last) {
-        open_batch(e, from);
-        walk(e);
-    }
+    for (fill_batch(e); s->batch.n_rows; fill_batch(e)) walk(e);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -4406,187 +4096,131 @@ static void run_requests(Evaluation *e) {
 // ------------------------------------------------------------------------------------------------
 
 // All rows of a report are of one model and one BOS setting. They are sorted by the keys below, so
-// that a panel (one metric of one task), a series (one line of a figure) and a point are spans of
-// neighbours. The summary becomes rows of a panel of its own: what draws a task also draws it.
-#define PANEL "t1m"             // task, first metric or not, metric
-#define SERIES "MR"             // method, R
-#define POINT SERIES "Sp"       // start, path
-#define SCHEDULE POINT "k"      // seed
+// that a task, a panel (one metric of it), a series (one line of a figure), a point (of random all
+// seeds) and a schedule are spans of neighbours, which agree in this many keys.
+enum { BY_TASK = 1, BY_PANEL = 3, BY_SERIES = 5, BY_POINT = 7, BY_SCHEDULE = 8, ALL_KEYS = 10 };
 
-static const char MEAN[] = "mean", MEDIAN[] = "median";    // metrics of the summary, made here
-
-static const Intervention *row_method(const Row *r) {
-    return intervention_named(r->method, strlen(r->method));
+static int compare_rows(const Row *a, const Row *b, int n_keys) {
+    const int key[ALL_KEYS] = {
+        strcmp(a->task, b->task), b->first - a->first, strcmp(a->metric, b->metric),
+        a->rank - b->rank, a->turns - b->turns, a->start - b->start,
+        a->start < 0 ? strcmp(a->schedule, b->schedule) : 0,
+        (a->seed > b->seed) - (a->seed < b->seed),
+        !isnan(a->value) - !isnan(b->value), (a->value > b->value) - (a->value < b->value),
+    };
+    int i = 0;
+    while (i < n_keys - 1 && !key[i]) i++;
+    return key[i];
 }
 
-// The order of tables and legends: the baseline, the methods as in `interventions`, then paths.
-static int method_rank(const Row *r) {
-    const Intervention *v = row_method(r);
-    return v ? 1 + (int)(v - interventions) : strcmp(r->method, "baseline") ? 1000 : 0;
+static int by_all_keys(const void *a, const void *b) {
+    return compare_rows(a, b, ALL_KEYS);
 }
 
-// Whether a row's second number is that of this flag.
-static bool takes(const Row *r, const char *flag) {
-    const Intervention *v = row_method(r);
-    return v && v->argument_flag && !strcmp(v->argument_flag, flag);
-}
-
-static int compare_rows(const Row *a, const Row *b, const char *keys) {
-    int c = 0;
-    for (; *keys && !c; keys++) {
-        switch (*keys) {
-        case 't': c = strcmp(a->task, b->task); break;
-        case '1': c = b->first - a->first; break;
-        case 'm': c = strcmp(a->metric, b->metric); break;
-        case 'M': c = method_rank(a) - method_rank(b); break;
-        case 'R': c = takes(a, "seed") ? 0 : (a->arg > b->arg) - (a->arg < b->arg); break;
-        case 'S': c = a->start - b->start; break;
-        case 'p': c = a->start < 0 ? strcmp(a->schedule, b->schedule) : 0; break;
-        case 'k': c = (a->arg > b->arg) - (a->arg < b->arg); break;
-        case 'v': c = (a->value > b->value) - (a->value < b->value); break;
-        }
-    }
-    return c;
-}
-
-static const char *sort_keys;   // qsort has no way to hand it on
-
-static int compare_by_keys(const void *a, const void *b) {
-    return compare_rows(a, b, sort_keys);
-}
-
-static void sort_rows(Row *rows, int64_t n, const char *keys) {
-    sort_keys = keys;
-    qsort(rows, (size_t)n, sizeof *rows, compare_by_keys);
-}
-
-// How many of the first rows have equal keys.
-static int64_t span(const Row *rows, int64_t n, const char *keys) {
+// How many of the first rows agree in so many keys.
+static int64_t span(const Row *rows, int64_t n, int n_keys) {
     int64_t k = 0;
-    while (k < n && !compare_rows(rows, rows + k, keys)) k++;
+    while (k < n && !compare_rows(rows, rows + k, n_keys)) k++;
     return k;
 }
 
-// Sorts rows and makes one of those with equal keys: their mean or median, the standard deviation
-// of several as error, their number as n. Returns how many rows are left.
-static int64_t merge_rows(Row *rows, int64_t n, const char *keys, bool median) {
+// Makes one of sorted rows that agree in so many keys: their mean or median, the standard deviation
+// of several as error. Returns how many rows are left.
+static int64_t merge_rows(Row *rows, int64_t n, int n_keys, bool median) {
     int64_t kept = 0;
-    sort_rows(rows, n, keys);
     for (int64_t i = 0, k; i < n; i += k) {
         Row r = rows[i];
-        double sum = 0, chance = 0, squares = 0;
-        k = span(rows + i, n - i, keys);
-        for (int64_t j = i; j < i + k; j++) {
-            sum += rows[j].value;
-            chance += rows[j].chance;
+        double squares = 0;
+        k = span(rows + i, n - i, n_keys);
+        for (int64_t j = i + 1; j < i + k; j++) {
+            r.value += rows[j].value;
+            r.chance += rows[j].chance;
         }
-        r.value = sum / (double)k;
-        r.chance = chance / (double)k;
-        r.n = k;
+        r.value /= (double)k;
+        r.chance /= (double)k;
         for (int64_t j = i; j < i + k; j++) squares += pow(rows[j].value - r.value, 2);
-        if (k > 1) r.error = sqrt(squares / (double)(k - 1));
-        if (median && !isnan(sum)) {
-            sort_rows(rows + i, k, "v");
-            r.value = (rows[i + (k - 1) / 2].value + rows[i + k / 2].value) / 2;
+        if (median) r.value = (rows[i + (k - 1) / 2].value + rows[i + k / 2].value) / 2;
+        if (k > 1) {
+            r.error = sqrt(squares / (double)(k - 1));
+            r.merged = k;
         }
         rows[kept++] = r;
     }
     return kept;
 }
 
-static bool is_llama(const Row *r) {
-    return !strcmp(r->family, "llama");
-}
+static const char MEAN[] = "mean", MEDIAN[] = "median";    // metrics of the summary, made here
 
 static bool is_summary(const Row *r) {
     return r->metric == MEAN || r->metric == MEDIAN;
+}
+
+static bool is_llama(const Row *r) {
+    return !strcmp(r->family, "llama");
 }
 
 static bool lower_is_better(const Row *r) {
     return strstr(r->metric, "perplexity") != NULL;
 }
 
-// The summary: the median or mean of the tasks' scores, for schedules that have them all. A score
-// is, for Llama, (score - chance) / (full - chance) of the first metric, if the baseline is above
-// chance; for BERT, the mean of the task's metrics. Perplexities do not count. rows: n sorted rows.
-// Returns how many rows it made, at most n; their `cut` is the number of tasks.
+// The summary, as rows of one more task: the median or mean of the tasks' scores, for schedules
+// that have them all. A score is, for Llama, (score - chance) / (full - chance) of the first
+// metric, if the baseline is above chance; for BERT, the mean of the task's metrics. Perplexities
+// do not count. rows: n sorted rows. Returns how many rows it made, at most n.
 static int64_t make_summary(Row *out, const Row *rows, int64_t n) {
     int64_t n_out = 0, n_tasks = 0, kept = 0;
-    for (int64_t i = 0, k; i < n; i += k) {
-        const Row *task = rows + i;
-        double range = is_llama(task) ? task->value - task->chance : 1;
-        k = span(task, n - i, "t");
-        if (!task->first || lower_is_better(task)) continue;
-        if (is_llama(task) && (method_rank(task) || !(range > 0))) continue;
-        n_tasks++;
-        for (const Row *r = task; r < task + k; r++) {
-            if (lower_is_better(r) || (is_llama(r) && !r->first)) continue;
-            out[n_out] = *r;
-            if (is_llama(r)) out[n_out].value = (r->value - r->chance) / range;
-            n_out++;
-        }
+    bool llama = n && is_llama(rows);
+    const Row *task = rows;                     // the first of its rows: the baseline, if that ran
+    for (const Row *r = rows; r < rows + n; r++) {
+        if (strcmp(r->task, task->task)) task = r;
+        double range = task->value - task->chance;
+        if (lower_is_better(task) || lower_is_better(r)) continue;
+        if (llama && (task->rank || !(range > 0) || !r->first)) continue;
+        n_tasks += r == task;
+        out[n_out] = *r;
+        out[n_out].first = true;
+        out[n_out].metric = llama ? MEDIAN : MEAN;
+        out[n_out].value = llama ? (r->value - r->chance) / range : r->value;
+        out[n_out++].chance = llama ? 0 : r->chance;
     }
-    n_out = merge_rows(out, n_out, "t" SCHEDULE, false);
+    qsort(out, (size_t)n_out, sizeof *out, by_all_keys);
+    n_out = merge_rows(out, n_out, BY_SCHEDULE, false);         // the metrics of a task
     for (Row *r = out; r < out + n_out; r++) {
         r->task = "summary";
-        r->metric = is_llama(r) ? MEDIAN : MEAN;
-        r->first = true;
-        if (is_llama(r)) r->chance = 0;
+        r->merged = 1;
     }
-    n_out = merge_rows(out, n_out, SCHEDULE, n && is_llama(rows));
+    qsort(out, (size_t)n_out, sizeof *out, by_all_keys);
+    n_out = merge_rows(out, n_out, BY_SCHEDULE, llama);         // the tasks of a schedule
     for (const Row *r = out; r < out + n_out; r++) {
-        if (r->n < n_tasks) continue;
+        if (r->merged < n_tasks) continue;
         out[kept] = *r;
         out[kept].error = NAN;                  // the deviation over tasks is no error
-        out[kept++].cut = n_tasks;
+        out[kept].merged = 1;
+        out[kept++].n = n_tasks;
     }
-    return kept;
-}
-
-// A sorted copy of the rows, with the summary behind them.
-static Row *sorted_rows(const Row *rows, int64_t n, int64_t *n_summary) {
-    Row *all = allocate(2 * n + 1, sizeof *all, "result rows");
-    if (n) memcpy(all, rows, (size_t)n * sizeof *all);
-    sort_rows(all, n, PANEL SCHEDULE);
-    *n_summary = make_summary(all + n, all, n);
-    return all;
+    return merge_rows(out, kept, BY_POINT, false);
 }
 
 // ------------------------------------------------------------------------------------------------
-// Tables and charts
+// Tables
 // ------------------------------------------------------------------------------------------------
 
-// Prints lines of tab-separated cells as columns two spaces apart, the first `left` of them flush
-// left, the last one as it is. All lines have as many cells as the first.
-static void print_columns(FILE *f, const char *text, int left) {
-    int width[MAX_TASKS + 16] = {0};
-    for (int pass = 0; pass < 2; pass++) {
-        int column = 0;
-        for (const char *p = text; *p; p++) {
-            int bytes = (int)strcspn(p, "\t\n"), wide = 0;
-            for (int i = 0; i < bytes; i++) wide += (p[i] & 0xC0) != 0x80;
-            bool last = p[bytes] == '\n';
-            int pad = last ? 0 : width[column] - wide;
-            if (pass) {
-                fprintf(f, "%*s%.*s", column < left ? 0 : pad, "", bytes, p);
-                fprintf(f, "%*s%s", column < left ? pad : 0, "", last ? "\n" : "  ");
-            } else if (wide > width[column]) width[column] = wide;
-            column = last ? 0 : column + 1;
-            p += bytes;
-        }
-    }
+// A new string; a very long one is cut.
+__attribute__((format(printf, 1, 2)))
+static char *text_of(const char *format, ...) {
+    char s[8000];               // more than a path can have
+    va_list args;
+    va_start(args, format);
+    vsnprintf(s, sizeof s, format, args);
+    va_end(args);
+    return copy_string(s);
 }
 
-// A cell with a number; NaN is "-".
-static void add_number(Text *t, const char *format, double v) {
-    char number[40] = "-";
-    if (!isnan(v)) snprintf(number, sizeof number, format, v);
-    text_printf(t, "\t%s", number);
-}
-
-static void add_model(Text *t, const Row *r) {
-    text_printf(t, "%s, %d layers%s%s", is_llama(r) ? "Llama" : "BERT", r->layers,
-                strcmp(r->bos, "-") ? ", " : "", strcmp(r->bos, "-") ? r->bos : "");
+// "Llama, 32 layers, no-bos"
+static char *model_label(const Row *r) {
+    bool bos = strcmp(r->bos, "-");
+    return text_of("%s, %d layers%s%s", is_llama(r) ? "Llama" : "BERT", r->layers,
+                   bos ? ", " : "", bos ? r->bos : "");
 }
 
 static const char *metric_label(const Row *r) {
@@ -4594,52 +4228,48 @@ static const char *metric_label(const Row *r) {
          : r->metric == MEAN ? "mean of the scores" : r->metric;
 }
 
+// A cell with a number; NaN is "-".
+static void print_number(FILE *f, int width, const char *format, double v) {
+    char number[40] = "-";
+    if (!isnan(v)) snprintf(number, sizeof number, format, v);
+    fprintf(f, "  %*s", width, number);
+}
+
 // Prints rows in aligned columns, under a line that begins with "#". Cells hold no blanks, so that
 // awk and sort find them; only paths, at the end, do.
 static void print_rows(FILE *f, const Row *rows, int64_t n) {
+    int task_width = 4, metric_width = 6;
     if (!n) return;
     bool summary = is_summary(rows);
-    Text t = {0};
-    add_model(&t, rows);
-    if (summary) text_printf(&t, ": %s; tasks: %lld", metric_label(rows), (long long)rows->cut);
-    fprintf(f, "# %s\n", t.s);
-    t.n = 0;
-    text_printf(&t, "task\tmetric\tmethod\tS/k\tseed/R\tvalue\terror\t%s\tcut\tBOS\tpath\n",
-                summary ? "seeds" : "items");
     for (const Row *r = rows; r < rows + n; r++) {
-        bool argument = takes(r, "times") || (takes(r, "seed") && !summary);
-        text_printf(&t, "%s\t%s\t%s", r->task, r->metric, r->method);
-        add_number(&t, "%.0f", r->start < 0 ? NAN : r->start);
-        add_number(&t, "%.0f", argument ? (double)r->arg : NAN);
-        add_number(&t, fabs(r->value) < 1e4 ? "%.4f" : "%.5g", r->value);
-        add_number(&t, fabs(r->error) < 1e4 ? "%.4f" : "%.5g", r->error);
-        add_number(&t, "%.0f", (double)r->n);
-        add_number(&t, "%.0f", summary ? NAN : (double)r->cut);
-        text_printf(&t, "\t%s\t%s\n", r->bos, strcmp(r->method, "path") ? "-" : r->schedule);
+        task_width = (int)fmax(task_width, (double)count_codepoints(r->task));
+        metric_width = (int)fmax(metric_width, (double)strlen(r->metric));
     }
-    print_columns(f, t.s, 3);
+    fprintf(f, "# %s", model_label(rows));
+    if (summary) fprintf(f, ": %s; tasks: %lld", metric_label(rows), (long long)rows->n);
+    fprintf(f, "\n%-*s  %-*s  method    S/k  seed/R      value     error   %s   cut     BOS  "
+            "path\n", task_width, "task", metric_width, "metric", summary ? "seeds" : "items");
+    for (const Row *r = rows; r < rows + n; r++) {
+        int pad = task_width - (int)count_codepoints(r->task);
+        fprintf(f, "%s%*s  %-*s  %-8s", r->task, pad, "", metric_width, r->metric, r->method);
+        print_number(f, 3, "%.0f", r->start < 0 ? NAN : r->start);
+        print_number(f, 6, "%.0f", r->turns > 0 ? r->turns : summary ? NAN : r->seed);
+        print_number(f, 9, fabs(r->value) < 1e4 ? "%.4f" : "%.5g", r->value);
+        print_number(f, 8, fabs(r->error) < 1e4 ? "%.4f" : "%.5g", r->error);
+        print_number(f, 6, "%.0f", (double)(summary ? r->merged : r->n));
+        print_number(f, 4, "%.0f", summary ? NAN : (double)r->cut);
+        fprintf(f, "  %6s  %s\n", r->bos, strcmp(r->method, "path") ? "-" : r->schedule);
+    }
     fputc('\n', f);
 }
 
-// Every row.
-static void report_table(FILE *f, const Row *rows, int64_t n) {
-    int64_t n_summary;
-    Row *all = sorted_rows(rows, n, &n_summary);
-    print_rows(f, all, n);
-}
+// ------------------------------------------------------------------------------------------------
+// Figures: prepared, then printed as charts or drawn as SVG
+// ------------------------------------------------------------------------------------------------
 
-// The summary of every schedule: of random the mean over seeds, with their standard deviation.
-static void report_summary(FILE *f, const Row *rows, int64_t n) {
-    int64_t n_summary;
-    Row *all = sorted_rows(rows, n, &n_summary);
-    print_rows(f, all + n, merge_rows(all + n, n_summary, POINT, false));
-    if (n && !n_summary) fprintf(f, "# No summary: no task with a baseline above chance.\n\n");
-}
-
-// A range of values laid on a range of places: pixels, levels of a bar, parts of a colour ramp.
-typedef struct {
-    double lo, hi, from, to;
-    bool log;
+typedef struct {                // a range of values
+    double lo, hi;
+    bool log;                   // lo and hi are log10 of values
 } Scale;
 
 static void include(Scale *s, double v) {
@@ -4648,135 +4278,160 @@ static void include(Scale *s, double v) {
     s->hi = fmax(s->hi, v);
 }
 
-// The place of a value; values beyond the range stay on its border.
+// Where a value lies in the range, 0 to 1; values beyond it stay on its border.
 static double place(const Scale *s, double v) {
-    double part = (v - s->lo) / (s->hi - s->lo);
-    if (s->log) part = v > 0 ? log(v / s->lo) / log(s->hi / s->lo) : 0;
-    return s->from + (s->to - s->from) * fmin(fmax(part, 0), 1);
+    double x = s->log ? log10(v) : v;
+    return fmin(fmax((x - s->lo) / (s->hi - s->lo), 0), 1);
 }
 
-// A panel's points on one axis, sorted by series, with the ranges of places and values.
+// What there is to see of a panel: lines of values against S or against k, and the grid of looped
+// parallel, R turns upwards, as a heat map. A matrix is a heat map that is of no panel.
+enum { STARTS, LAYERS, LOOPS, MATRIX };
+static const struct { const char *file, *x_label, *note; } views[] = {
+    {"", "start layer S (layers S+1 to T−S−1 are changed)",
+     "bars: standard error or deviation over seeds"},
+    {"-layers", "layer k", "bars: standard error"},
+    {"-loops", "layers in parallel, T − 2S − 1", "framed: the best R of each column"},
+};
+
 typedef struct {
-    Row *point;                 // NULL: there is nothing to draw
-    int64_t n;
-    double line[2];             // baseline and chance; NaN: unknown
-    Scale x, y;                 // y: logarithmic for perplexities over more than two decades
-} Plot;
+    int view, rows, cols;
+    const char *title, *subtitle, *x_label, *y_label;
+    char **row_name, **col_name;
+    Row *cell;                  // [rows][cols], the first row on top; a value of NaN: missing
+    Scale scale;                // of the values
+    const Row *panel;
+    double level[2];            // baseline and chance; NaN: unknown
+} Figure;
 
-// The points of starts S (range MIDDLE) or of layers k (ONE). Of looped parallel all R or, with
-// `one_loop`, R = 3, as the paper has it, and if that was not run the largest.
-static Plot plot_panel(const Row *panel, int64_t n, int range, bool one_loop) {
-    Row *p = allocate(n + 1, sizeof *p, "points of a figure");
-    Scale none = {INFINITY, -INFINITY, 0, 1, false};
-    Plot plot = {.point = p, .x = none, .y = none};
-    int64_t turns = 0;
-    plot.line[0] = method_rank(panel) ? NAN : panel->value;
-    plot.line[1] = panel->first ? panel->chance : NAN;
-    for (const Row *r = panel; r < panel + n; r++) {
-        if (takes(r, "times") && turns != 3 && (r->arg > turns || r->arg == 3)) turns = r->arg;
+// The range of a figure's values, logarithmic for perplexities over more than two decades; that of
+// lines has room for baseline, chance and error bars.
+static Scale figure_scale(const Figure *g) {
+    Scale s = {INFINITY, -INFINITY, false};
+    const Row *end = g->cell + g->rows * g->cols;
+    for (const Row *r = g->cell; r < end; r++) include(&s, r->value);
+    for (int i = 0; i < 2 && g->view != LOOPS; i++) include(&s, g->level[i]);
+    if (lower_is_better(g->panel) && s.lo > 0 && s.hi > 100 * s.lo) {
+        s = (Scale){log10(s.lo), log10(s.hi), true};
     }
-    for (const Row *r = panel; r < panel + n; r++) {
-        const Intervention *v = row_method(r);
-        bool other_loop = one_loop && takes(r, "times") && r->arg != turns;
-        if (v && (v->range == MIDDLE) == (range == MIDDLE) && !other_loop) p[plot.n++] = *r;
+    if (g->view == LOOPS) return s;
+    for (const Row *r = g->cell; r < end && !s.log; r++) {
+        include(&s, r->value - r->error);
+        include(&s, r->value + r->error);
     }
-    plot.n = merge_rows(p, plot.n, POINT, false);
-    for (int64_t i = 0; i < plot.n; i++) {
-        include(&plot.x, p[i].start);
-        include(&plot.y, p[i].value);
-    }
-    if (plot.y.hi < plot.y.lo) return (Plot){0};
-    include(&plot.y, plot.line[0]);
-    include(&plot.y, plot.line[1]);
-    plot.y.log = lower_is_better(panel) && plot.y.lo > 0 && plot.y.hi / plot.y.lo > 100;
-    for (int64_t i = 0; i < plot.n && !plot.y.log; i++) {
-        include(&plot.y, p[i].value - p[i].error);
-        include(&plot.y, p[i].value + p[i].error);
-    }
-    double pad = plot.y.hi > plot.y.lo ? 0.04 * (plot.y.hi - plot.y.lo) : 0.05;
-    double factor = pow(plot.y.hi / plot.y.lo, 0.04);
-    plot.y.lo = plot.y.log ? plot.y.lo / factor : plot.y.lo - pad;
-    plot.y.hi = plot.y.log ? plot.y.hi * factor : plot.y.hi + pad;
-    return plot;
+    double margin = s.hi > s.lo ? 0.04 * (s.hi - s.lo) : 0.05;
+    return (Scale){s.lo - margin, s.hi + margin, s.log};
 }
 
-// What a line is called: "skip", "random, seeds: 10", "loop, R = 3".
-static void series_name(char *out, size_t size, const Row *p, int64_t n) {
-    int64_t seeds = 0;
-    for (int64_t i = 0; i < n; i++) seeds = p[i].n > seeds ? p[i].n : seeds;
-    bool loop = takes(p, "times"), random = takes(p, "seed");
-    snprintf(out, size, loop ? "%s, R = %lld" : random ? "%s, seeds: %lld" : "%s", p->method,
-             (long long)(loop ? p->arg : seeds));
+// Whether a view has a row for a series. Among other methods, looped parallel is shown with one R.
+// In the grid, plain parallel is R = 1.
+static bool in_view(const Row *r, int view, int turns, int least) {
+    bool loop = r->turns > 0;
+    if (r->start < 0) return false;             // no intervention
+    if (view == LOOPS) return loop || (least > 1 && !strcmp(r->method, "parallel"));
+    bool middle = interventions[r->rank - 1].range == MIDDLE;
+    return middle == (view == STARTS) && (!loop || r->turns == turns);
 }
 
-// A chart of a panel: a line for each series, for each place a bar in eighths of the line.
-static void chart_panel(FILE *f, const Row *panel, int64_t n, int range) {
-    static const char *const bar[] = {" ", "▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"};
-    Plot plot = plot_panel(panel, n, range, false);
-    if (!plot.point) return;
-    Scale level = {plot.y.lo, plot.y.hi, 1, 8, plot.y.log};
-    int first = (int)plot.x.lo, last = (int)plot.x.hi, step = (last - first) / 36 + 1;
-    fprintf(f, "%s: %s\n  %s = %d to %d, height %.4g to %.4g%s, baseline %.4g, chance %.4g\n",
-            panel->task, metric_label(panel), range == MIDDLE ? "start S" : "layer k", first, last,
-            plot.y.lo, plot.y.hi, plot.y.log ? " (log)" : "", plot.line[0], plot.line[1]);
-    for (int64_t i = 0, k; i < plot.n; i += k) {
-        const Row *p = plot.point + i;
-        Scale seen = {INFINITY, -INFINITY, 0, 1, false};
-        char name[40];
-        k = span(p, plot.n - i, SERIES);
-        series_name(name, sizeof name, p, k);
-        fprintf(f, "  %-18.18s", name);
-        for (int x = first; x <= last; x += step) {
-            const char *block = bar[0];
-            for (int64_t j = 0; j < k; j++) {
-                include(&seen, p[j].value);
-                if (p[j].start != x || !isfinite(p[j].value)) continue;
-                block = bar[(int)(place(&level, p[j].value) + 0.5)];
-            }
-            fprintf(f, (last - first) / step < 18 ? "%s%s" : "%s", block, block);
+static char *series_name(const Row *r, int view) {
+    if (view == LOOPS) return text_of("%d", r->turns > 0 ? r->turns : 1);
+    if (r->turns > 0) return text_of("%s, R = %d", r->method, r->turns);
+    return text_of(r->merged > 1 ? "%s, seeds: %lld" : "%s", r->method, (long long)r->merged);
+}
+
+// The figure of a view of a panel's points; without rows if there is nothing to see.
+static Figure make_figure(const Row *panel, int64_t n, int view) {
+    bool grid = view == LOOPS;
+    int T = panel->layers, row = 0, turns = 0, least = 0, most = 0;
+    Figure g = {.view = view, .panel = panel, .cols = view == LAYERS ? T : T / 2,
+                .level = {panel->rank ? NAN : panel->value, panel->first ? panel->chance : NAN},
+                .x_label = views[view].x_label, .y_label = grid ? "turns R" : metric_label(panel)};
+    for (const Row *r = panel; r < panel + n; r++) {
+        if (r->turns < 0) continue;
+        if (!least) least = r->turns;
+        if (turns != 3) turns = r->turns;       // of R = 3, as in the paper, or else the largest
+        most = r->turns;
+    }
+    if (grid && least == most) return g;
+    for (int64_t i = 0; i < n; i += span(panel + i, n - i, BY_SERIES)) {
+        g.rows += in_view(panel + i, view, turns, least);
+    }
+    g.cell = allocate(g.rows * g.cols, sizeof *g.cell, "values of a figure");
+    g.row_name = allocate(g.rows, sizeof *g.row_name, "names");
+    g.col_name = allocate(g.cols, sizeof *g.col_name, "names");
+    for (int col = 0; col < g.cols; col++) {
+        g.col_name[col] = text_of("%d", grid ? 2 * col + 1 + T % 2 : col);
+    }
+    for (int64_t i = 0, k; i < n; i += k) {
+        const Row *r = panel + i;
+        k = span(r, n - i, BY_SERIES);
+        if (!in_view(r, view, turns, least)) continue;
+        int at = grid ? g.rows - 1 - row++ : row++;
+        Row *cell = g.cell + at * g.cols;
+        for (int col = 0; col < g.cols; col++) {
+            cell[col] = *r;
+            cell[col].value = cell[col].error = NAN;
+        }
+        for (int j = 0; j < k; j++) cell[grid ? g.cols - 1 - r[j].start : r[j].start] = r[j];
+        g.row_name[at] = series_name(r, view);
+    }
+    g.scale = figure_scale(&g);
+    g.title = text_of("%s: %s%s%s", panel->task, metric_label(panel),
+                      grid ? " of looped parallel" : "",
+                      lower_is_better(panel) ? " (lower is better)" : "");
+    g.subtitle = text_of("%s; %lld %s; %s", model_label(panel), (long long)panel->n,
+                         is_summary(panel) ? "tasks" : "items", views[view].note);
+    return g;
+}
+
+// A chart: a line for each row, for each value a bar in eighths of the line. At most 80 columns.
+static void print_chart(FILE *f, const Figure *g) {
+    static const char *const bar[] = {"▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"};
+    const Scale *s = &g->scale;
+    fprintf(f, "%s\n  across: %s, %s to %s\n  up: %.4g to %.4g%s, baseline %.4g, chance %.4g\n",
+            g->title, g->x_label, g->col_name[0], g->col_name[g->cols - 1],
+            s->log ? pow(10, s->lo) : s->lo, s->log ? pow(10, s->hi) : s->hi,
+            s->log ? " (log)" : "", g->level[0], g->level[1]);
+    for (int row = 0; row < g->rows; row++) {
+        const Row *cell = g->cell + row * g->cols;
+        Scale seen = {INFINITY, -INFINITY, false};
+        fprintf(f, "  %-18.18s", g->row_name[row]);
+        for (int i = 0; i < g->cols; i++) include(&seen, cell[i].value);
+        for (int i = 0; i < g->cols; i += (g->cols - 1) / 36 + 1) {
+            double v = cell[i].value;
+            fputs(isfinite(v) ? bar[(int)(7 * place(s, v) + 0.5)] : " ", f);
         }
         fprintf(f, "  %.4g to %.4g\n", seen.lo, seen.hi);
     }
     fputc('\n', f);
 }
 
-// Every task's first metric, and the summary of several, in at most 80 columns of UTF-8.
-static void report_chart(FILE *f, const Row *rows, int64_t n) {
-    int64_t n_summary;
-    Row *all = sorted_rows(rows, n, &n_summary);
-    if (n_summary && all[n].cut > 1) n += n_summary;    // of several tasks
-    for (int64_t i = 0, k; i < n; i += k) {
-        k = span(all + i, n - i, PANEL);
-        if (!all[i].first) continue;
-        chart_panel(f, all + i, k, MIDDLE);
-        chart_panel(f, all + i, k, ONE);
-    }
-}
+// How the lines of a plot look: baseline, chance, then methods in the order of `interventions`;
+// those beyond begin anew with the third. The colours are those of Okabe and Ito, which the
+// colour-blind tell apart; dashes and markers tell lines apart in grey print. A marker is an SVG
+// path around (0, 0).
+typedef struct {
+    const char *colour, *dash, *marker;
+} Look;
 
-// ------------------------------------------------------------------------------------------------
-// Figures
-// ------------------------------------------------------------------------------------------------
-
-// How the lines of a plot look, in the order of `interventions`; methods beyond begin anew. The
-// colours are those of Okabe and Ito, which the colour-blind tell apart; dashes and markers tell
-// lines apart in grey print. A marker is an SVG path around (0, 0).
-static const struct { const char *colour, *dash, *marker; } looks[] = {
+static const Look looks[] = {
+    {"#000000", "10 4", ""},
+    {"#555555", "2 4", ""},
     {"#0072B2", "none", "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z"},
     {"#D55E00", "8 3", "M-4 -4h8v8h-8z"},
     {"#009E73", "2 2.5", "M0 -5L5 4H-5z"},
     {"#CC79A7", "9 3 2 3", "M0 -6L5.5 0L0 6L-5.5 0z"},
     {"#E69F00", "15 3", "M0 5.5L5.5 -3.5H-5.5z"},
     {"#56B4E9", "4 3", "M-2 -5.5h4v3.5h3.5v4h-3.5v3.5h-4v-3.5h-3.5v-4h3.5z"},
-    {"#0072B2", "none", "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z"},
-    {"#D55E00", "8 3", "M-4 -4h8v8h-8z"},
-    {"#666666", "3 3", "M-5 -4L0 -1L5 -4V4L0 1L-5 4z"},
 };
-enum { N_LOOKS = sizeof looks / sizeof *looks, LEFT = 92, TOP = 66, WIDTH = 540, HEIGHT = 330 };
+enum { N_LOOKS = sizeof looks / sizeof *looks };
+enum { LEFT = 92, TOP = 66, RIGHT = LEFT + 540, BOTTOM = TOP + 330 };   // of lines on their page
+#define STROKE "fill='none' stroke='%s' stroke-width='2' stroke-dasharray='%s'"
 static const char MIDDLE_TEXT[] = "text-anchor='middle'", END_TEXT[] = "text-anchor='end'";
 
 // Adds a text; `style`: further attributes. What XML does not allow becomes "?".
 static void svg_text(Text *t, double x, double y, const char *style, const char *s) {
-    text_printf(t, "<text x='%.2f' y='%.2f' %s>", x, y, style);
+    text_printf(t, "<text x='%g' y='%g' %s>", x, y, style);
     for (uint32_t code; *s;) {
         int length = utf8_read(s, (int64_t)strlen(s), &code);
         bool odd = code < ' ' || code == 0x7F || (code >= 0xFFFD && code <= 0xFFFF);
@@ -4788,358 +4443,261 @@ static void svg_text(Text *t, double x, double y, const char *style, const char 
     text_printf(t, "</text>\n");
 }
 
-static void svg_line(Text *t, double x1, double y1, double x2, double y2, const char *style) {
-    text_printf(t, "<line x1='%.2f' y1='%.2f' x2='%.2f' y2='%.2f' %s/>\n", x1, y1, x2, y2, style);
-}
-
-static void svg_box(Text *t, double x, double y, double width, double height, const char *style) {
-    text_printf(t, "<rect x='%.2f' y='%.2f' width='%.2f' height='%.2f' %s/>\n", x, y, width, height,
-                style);
-}
-
-// A white page at least as wide as its title, and the names of the axes of a box on it.
-static void svg_open(Text *t, double width, double right, double bottom, const char *title,
-                     const char *subtitle, const char *x_label, const char *y_label) {
-    char turned[80];
-    width = fmax(width, 40 + fmax(10.5 * (double)count_codepoints(title),
-                                  7.5 * (double)count_codepoints(subtitle)));
-    text_printf(t, "<svg xmlns='http://www.w3.org/2000/svg' role='img' width='%.0f' height='%.0f' "
-                "font-family='Helvetica, Arial, DejaVu Sans, sans-serif' font-size='12'>\n"
-                "<rect width='100%%' height='100%%' fill='#ffffff'/>\n", width, bottom + 60);
-    svg_text(t, 20, 28, "font-size='16' font-weight='bold'", title);
-    svg_text(t, 20, 47, "fill='#444444'", subtitle);
-    svg_text(t, (LEFT + right) / 2, bottom + 44, MIDDLE_TEXT, x_label);
-    snprintf(turned, sizeof turned, "%s transform='rotate(-90 24 %.1f)'", MIDDLE_TEXT,
-             (TOP + bottom) / 2);
-    svg_text(t, 24, (TOP + bottom) / 2, turned, y_label);
-    svg_box(t, LEFT, TOP, right - LEFT, bottom - TOP, "fill='none' stroke='#333333'");
-}
-
-// Writes about n round values, multiples of 1, 2 or 5 times a power of ten or, on a logarithmic
-// scale, powers of ten, at x = `at` beside a vertical scale or at y = `at` below a horizontal one.
-// Vertical: with lines from x0 to x1.
-static void svg_axis(Text *t, const Scale *s, int n, bool vertical, double at, double x0,
-                     double x1) {
-    double lo = s->log ? log10(s->lo) : s->lo, hi = s->log ? log10(s->hi) : s->hi;
-    double least = (hi - lo) / n, step = pow(10, floor(log10(least)));
+// A scale from `bottom` up to TOP: a text at x for every few of round values, multiples of 1, 2 or
+// 5 times a power of ten or, where it is logarithmic, powers of ten, and lines from x0 to x1.
+static void svg_axis(Text *t, const Scale *s, double bottom, double x, double x0, double x1) {
+    double least = (s->hi - s->lo) / fmax(2, (bottom - TOP) / 40);
+    double step = pow(10, floor(log10(least)));
     step *= least <= step ? 1 : least <= 2 * step ? 2 : least <= 5 * step ? 5 : 10;
-    if (!vertical || s->log) step = fmax(step, 1);
-    for (double k = ceil(lo / step); k * step <= hi; k++) {
-        char label[40];
-        double v = s->log ? pow(10, k * step) : k == 0 ? 0 : k * step, here = place(s, v);
-        int decimals = step < 1 ? (int)ceil(-log10(step) - 1e-9) : 0;
-        snprintf(label, sizeof label, s->log ? "%.*g" : "%.*f", s->log ? 10 : decimals, v);
-        if (vertical) svg_line(t, x0, here, x1, here, "stroke='#dddddd'");
-        if (vertical) svg_text(t, at, here + 4, at < x0 ? END_TEXT : "", label);
-        else svg_text(t, here, at, MIDDLE_TEXT, label);
+    if (s->log) step = fmax(step, 1);
+    int decimals = step < 1 ? (int)ceil(-log10(step) - 1e-9) : 0;
+    double first = ceil(s->lo / step) + 0.0;    // + 0.0: no "-0"
+    for (int i = 0; i < 999 && (first + i) * step <= s->hi; i++) {
+        double v = (first + i) * step, y = bottom - (bottom - TOP) * (v - s->lo) / (s->hi - s->lo);
+        text_printf(t, "<path d='M%g %gH%g' stroke='#dddddd'/>\n", x0, y, x1);
+        svg_text(t, x, y + 4, x < x0 ? END_TEXT : "",
+                 s->log ? text_of("%.10g", pow(10, v)) : text_of("%.*f", decimals, v));
     }
 }
 
-static void svg_marker(Text *t, int look, double x, double y, double size) {
-    text_printf(t, "<path d='%s' transform='translate(%.2f %.2f) scale(%.2f)' fill='%s' "
-                "stroke='#ffffff' stroke-width='0.8'", looks[look].marker, x, y, size,
-                looks[look].colour);
+static void svg_marker(Text *t, const Look *look, double x, double y, double size) {
+    text_printf(t, "<path d='%s' transform='translate(%.2f %.2f) scale(%g)' fill='%s' "
+                "stroke='#ffffff' stroke-width='0.8'", look->marker, x, y, size, look->colour);
 }
 
-// One series and its entry in the legend: error bars, a line that is broken where a value is
-// missing, markers that hold the exact values. `shift` keeps the bars of several series apart.
-static void svg_series(Text *t, const Plot *plot, const Row *p, int64_t n, double shift,
-                       double size, double legend) {
-    int look = (method_rank(p) - 1) % N_LOOKS;
-    bool begun = false;
-    char name[80], style[120];
-    Text line = {0}, bars = {0}, markers = {0};
-    for (int64_t i = 0; i < n; i++) {
-        const Row *r = p + i;
-        double x = place(&plot->x, r->start) + shift, y = place(&plot->y, r->value);
-        double lo = place(&plot->y, r->value - r->error), hi = place(&plot->y, r->value + r->error);
+static void svg_legend(Text *t, const Look *look, double y, const char *name) {
+    text_printf(t, "<line x1='%d' y1='%g' x2='%d' y2='%g' " STROKE "/>\n", RIGHT + 20, y,
+                RIGHT + 56, y, look->colour, look->dash);
+    svg_marker(t, look, RIGHT + 38, y, 1);
+    text_printf(t, "/>\n");
+    svg_text(t, RIGHT + 64, y + 4, "", name);
+}
+
+static double height(const Figure *g, double value) {
+    return BOTTOM - (BOTTOM - TOP) * place(&g->scale, value);
+}
+
+// A row of values as a line that is broken where one is missing, with error bars, and with markers
+// that hold the exact values. x: of the first value; dx: from one to the next.
+static void svg_line(Text *t, const Figure *g, int row, const Look *look, double x, double dx) {
+    const char *step = "M";
+    Text points = {0};
+    text_printf(t, "<path " STROKE " d='", look->colour, look->dash);
+    for (int col = 0; col < g->cols; col++, x += dx) {
+        const Row *r = &g->cell[row * g->cols + col];
         bool there = isfinite(r->value);
-        if (there) text_printf(&line, "%s%.2f %.2f", begun ? "L" : "M", x, y);
-        begun = there;
+        double y = height(g, r->value);
+        if (there) text_printf(t, "%s%.2f %.2f", step, x, y);
+        step = there ? "L" : "M";
         if (!there) continue;
         if (isfinite(r->error)) {
-            text_printf(&bars, "M%.2f %.2fh%.2fM%.2f %.2fV%.2fM%.2f %.2fh%.2f", x - 3 * size, lo,
-                        6 * size, x, lo, hi, x - 3 * size, hi, 6 * size);
+            text_printf(&points, "<path stroke='%s' d='M%.2f %.2fV%.2f'/>\n", look->colour, x,
+                        height(g, r->value - r->error), height(g, r->value + r->error));
         }
-        svg_marker(&markers, look, x, y, size);
-        text_printf(&markers, " data-method='%s' data-x='%d' data-arg='%lld' data-value='%.17g' "
-                    "data-error='%.17g'/>\n", r->method, r->start, (long long)r->arg, r->value,
+        svg_marker(&points, look, x, y, fmin(fmax(dx / 14, 0.55), 1));
+        text_printf(&points, " data-method='%s' data-x='%s' data-arg='%d' data-value='%.17g' "
+                    "data-error='%.17g'/>\n", r->method, g->col_name[col], r->turns, r->value,
                     r->error);
     }
-    snprintf(style, sizeof style, "fill='none' stroke='%s' stroke-width='2' stroke-dasharray='%s'",
-             looks[look].colour, looks[look].dash);
-    if (bars.n) text_printf(t, "<path fill='none' stroke='%s' d='%s'/>\n", looks[look].colour,
-                            bars.s);
-    if (line.n) text_printf(t, "<path %s d='%s'/>\n%s", style, line.s, markers.s);
-    series_name(name, sizeof name, p, n);
-    svg_line(t, plot->x.to + 20, legend, plot->x.to + 56, legend, style);
-    svg_marker(t, look, plot->x.to + 38, legend, 1);
-    text_printf(t, "/>\n");
-    svg_text(t, plot->x.to + 64, legend + 4, "", name);
+    text_printf(t, "'/>\n");
+    text_add(t, points.s, points.n);
 }
 
-// A panel's values against start S (range MIDDLE) or layer k (ONE); nothing if there are none.
-static void svg_plot(Text *t, const Row *panel, int64_t n, int range) {
-    static const char *const line_names[] = {"baseline", "chance"}, *const line_styles[] = {
-        "stroke='#000000' stroke-width='1.5' stroke-dasharray='10 4'",
-        "stroke='#555555' stroke-width='1.5' stroke-dasharray='2 4'"};
-    Plot plot = plot_panel(panel, n, range, true);
-    Text title = {0}, subtitle = {0};
-    double right = LEFT + WIDTH, bottom = TOP + HEIGHT, legend = TOP + 12, n_series = 0;
-    if (!plot.point) return;
-    plot.x = (Scale){plot.x.lo - 0.5, plot.x.hi + 0.5, LEFT, right, false};
-    plot.y = (Scale){plot.y.lo, plot.y.hi, bottom, TOP, plot.y.log};
-    text_printf(&title, "%s: %s%s", panel->task, metric_label(panel),
-                lower_is_better(panel) ? " (lower is better)" : "");
-    add_model(&subtitle, panel);
-    text_printf(&subtitle, "; %lld %s; bars: %s", is_summary(panel) ? (long long)panel->cut
-                : (long long)panel->n, is_summary(panel) ? "tasks" : "items",
-                is_summary(panel) ? "deviation over seeds"
-                : "standard error, of random the deviation over seeds");
-    svg_open(t, right + 205, right, bottom, title.s, subtitle.s, range != MIDDLE ? "layer k" :
-             "start layer S (layers S+1 to T−S−1 are changed)", metric_label(panel));
-    svg_axis(t, &plot.y, 8, true, LEFT - 8, LEFT, right);
-    svg_axis(t, &plot.x, 12, false, bottom + 20, 0, 0);
+// Lines of values, baseline and chance, with a legend. Lines stand a little aside from one another,
+// so that their error bars can be told apart.
+static void svg_lines(Text *t, const Figure *g, double dx) {
+    double legend = TOP - 12, gap = fmin(3.5, 0.55 * dx / g->rows);
+    svg_axis(t, &g->scale, BOTTOM, LEFT - 8, LEFT, RIGHT);
     for (int i = 0; i < 2; i++) {
-        char name[60], style[200];
-        double v = plot.line[i], y = place(&plot.y, v);
+        const char *name = i ? "chance" : "baseline";
+        double v = g->level[i], y = height(g, v);
         if (!isfinite(v)) continue;
-        snprintf(name, sizeof name, "%s %.4g", line_names[i], v);
-        snprintf(style, sizeof style, "%s data-line='%s' data-value='%.17g'", line_styles[i],
-                 line_names[i], v);
-        svg_line(t, LEFT, y, right, y, style);
-        svg_line(t, right + 20, legend, right + 56, legend, line_styles[i]);
-        svg_text(t, right + 64, legend + 4, "", name);
-        legend += 24;
+        text_printf(t, "<line x1='%d' y1='%g' x2='%d' y2='%g' data-line='%s' data-value='%.17g' "
+                    STROKE "/>\n", LEFT, y, RIGHT, y, name, v, looks[i].colour, looks[i].dash);
+        svg_legend(t, &looks[i], legend += 24, text_of("%s %.4g", name, v));
     }
-    for (int64_t i = 0; i < plot.n; n_series++) i += span(plot.point + i, plot.n - i, SERIES);
-    double spacing = WIDTH / (plot.x.hi - plot.x.lo), size = fmin(fmax(spacing / 14, 0.55), 1);
-    double gap = fmin(3.5, 0.55 * spacing / n_series), shift = -gap * (n_series - 1) / 2;
-    for (int64_t i = 0, k; i < plot.n; i += k, shift += gap, legend += 24) {
-        k = span(plot.point + i, plot.n - i, SERIES);
-        svg_series(t, &plot, plot.point + i, k, shift, size, legend);
+    for (int row = 0; row < g->rows; row++) {
+        const Look *look = &looks[2 + (g->cell[row * g->cols].rank - 1) % (N_LOOKS - 2)];
+        svg_line(t, g, row, look, LEFT + dx / 2 + gap * (row - (g->rows - 1) / 2.0), dx);
+        svg_legend(t, look, legend += 24, g->row_name[row]);
     }
-    text_printf(t, "</svg>\n");
 }
 
 // Dark blue to yellow, after matplotlib's viridis: lightness rises evenly, also for the
-// colour-blind and in grey print. `part` is 0 to 9.
-static void colour_at(double part, int rgb[3]) {
-    static const unsigned char stops[10][3] = {
-        {68, 1, 84}, {72, 40, 120}, {62, 74, 137}, {49, 104, 142}, {38, 130, 142},
-        {31, 158, 137}, {53, 183, 121}, {110, 206, 88}, {181, 222, 43}, {253, 231, 37},
-    };
-    int i = part < 8 ? (int)part : 8;
+// colour-blind and in grey print.
+enum { STOPS = 5 };
+static const int stops[STOPS][3] = {
+    {68, 1, 84}, {59, 82, 139}, {33, 145, 140}, {94, 201, 98}, {253, 231, 37},
+};
+
+// One cell: its colour, its value if that fits, framed if it is the best of its column.
+static void svg_cell(Text *t, const Figure *g, int row, int col, double size) {
+    double v = g->cell[row * g->cols + col].value, x = LEFT + size * col, y = TOP + size * row;
+    double part = (STOPS - 1) * place(&g->scale, v);
+    int stop = part < STOPS - 2 ? (int)part : STOPS - 2, rgb[3];
+    bool best = g->view == LOOPS;
+    if (!isfinite(v)) return;
     for (int c = 0; c < 3; c++) {
-        rgb[c] = (int)(stops[i][c] + (part - i) * (stops[i + 1][c] - stops[i][c]) + 0.5);
+        int lo = stops[stop][c], hi = stops[stop + 1][c];
+        rgb[c] = (int)(lo + (part - stop) * (hi - lo) + 0.5);
     }
+    const char *ink = 0.3 * rgb[0] + 0.59 * rgb[1] + 0.11 * rgb[2] < 128 ? "#ffffff" : "#000000";
+    for (int i = col; best && i < g->rows * g->cols; i += g->cols) {
+        double other = g->cell[i].value;
+        best = !(lower_is_better(g->panel) ? other < v : other > v);
+    }
+    double frame = best ? 3 : 0, side = size - frame;
+    text_printf(t, "<rect x='%g' y='%g' width='%g' height='%g' fill='rgb(%d,%d,%d)' stroke='%s' "
+                "stroke-width='%g' shape-rendering='crispEdges' data-row='%d' data-col='%d' "
+                "data-value='%.17g'%s/>\n", x + frame / 2, y + frame / 2, side, side, rgb[0],
+                rgb[1], rgb[2], ink, frame, row, col, v, best ? " data-best='1'" : "");
+    char *number = text_of("%.*f", fabs(v) < 10 ? 2 : fabs(v) < 100 ? 1 : 0, v);
+    if (7.5 * (double)strlen(number) > size - 2) return;
+    svg_text(t, x + size / 2, y + size / 2 + 4, text_of("%s fill='%s'", MIDDLE_TEXT, ink), number);
 }
 
-// One cell: its colour, its value if that fits, crossed out if it is NaN, framed if it is best.
-static void svg_cell(Text *t, const Scale *colour, double v, int row, int col, double size,
-                     bool best) {
-    double x = LEFT + size * col, y = TOP + size * row;
-    int rgb[3];
-    char number[24], style[160];
-    colour_at(isfinite(v) ? place(colour, v) : 0, rgb);
-    bool dark = 0.3 * rgb[0] + 0.59 * rgb[1] + 0.11 * rgb[2] < 128;
-    snprintf(style, sizeof style, "fill='rgb(%d,%d,%d)' shape-rendering='crispEdges' data-row='%d' "
-             "data-col='%d' data-value='%.17g'", rgb[0], rgb[1], rgb[2], row, col, v);
-    if (isfinite(v)) svg_box(t, x, y, size, size, style);
-    else svg_line(t, x, y + size, x + size, y, "stroke='#888888' data-value='nan'");
-    if (best) svg_box(t, x + 2, y + 2, size - 4, size - 4, dark ?
-                      "fill='none' stroke='#ffffff' stroke-width='3' data-best='1'" :
-                      "fill='none' stroke='#000000' stroke-width='3' data-best='1'");
-    snprintf(number, sizeof number, fabs(v) < 9.995 ? "%.2f" : fabs(v) < 1000 ? "%.3g" : "%.3gk",
-             fabs(v) < 5e-3 ? 0 : fabs(v) < 1000 ? v : v / 1000);
-    snprintf(style, sizeof style, "%s fill='%s'", MIDDLE_TEXT, dark ? "#ffffff" : "#000000");
-    bool fits = 7.5 * (double)strlen(number) < size - 2;
-    if (isfinite(v) && fits) svg_text(t, x + size / 2, y + size / 2 + 4, style, number);
+// A heat map with names of its rows, and what its colours mean.
+static void svg_cells(Text *t, const Figure *g, double size, double right, double bottom) {
+    for (int i = 0; i < g->rows * g->cols; i++) svg_cell(t, g, i / g->cols, i % g->cols, size);
+    for (int i = 0; i < g->rows; i += (int)ceil(15 / size)) {
+        svg_text(t, LEFT - 8, TOP + size * (i + 0.5) + 4, END_TEXT, g->row_name[i]);
+    }
+    text_printf(t, "<linearGradient id='ramp' x1='0' y1='1' x2='0' y2='0'>\n");
+    for (int i = 0; i < STOPS; i++) {
+        text_printf(t, "<stop offset='%g' stop-color='rgb(%d,%d,%d)'/>\n", i / (STOPS - 1.0),
+                    stops[i][0], stops[i][1], stops[i][2]);
+    }
+    text_printf(t, "</linearGradient>\n<rect x='%g' y='%d' width='20' height='%g' "
+                "fill='url(#ramp)'/>\n", right + 24, TOP, bottom - TOP);
+    svg_axis(t, &g->scale, bottom, right + 54, right + 44, right + 49);
 }
 
-// A matrix [rows][cols] as a picture, the first row on top. best: 1 or -1 frames the largest or the
-// smallest value of each column. colour: values to 0 ... 9.
-static void svg_heatmap(Text *t, const char *title, const char *subtitle, const double *cell,
-                        int rows, int cols, const char *x_label, const char *y_label,
-                        char **x_names, char **y_names, Scale colour, int best) {
-    double size = fmin(fmax(720.0 / (rows > cols ? rows : cols), 8), 46), wide = 1;
-    double right = LEFT + size * cols, bottom = TOP + size * rows;
-    svg_open(t, right + 130, right, bottom, title, subtitle, x_label, y_label);
-    for (int i = 0; i < rows * cols; i++) {
-        bool is_best = best && isfinite(cell[i]);
-        for (int j = i % cols; j < rows * cols; j += cols) {
-            if (best * cell[j] > best * cell[i]) is_best = false;
-        }
-        svg_cell(t, &colour, cell[i], i / cols, i % cols, size, is_best);
-    }
-    for (int i = 0; i < cols; i++) {
-        wide = fmax(wide, 7.5 * (double)count_codepoints(x_names[i]) + 6);
-    }
-    for (int i = 0; i < cols; i += (int)ceil(wide / size)) {
-        svg_text(t, LEFT + size * (i + 0.5), bottom + 20, MIDDLE_TEXT, x_names[i]);
-    }
-    for (int i = 0; i < rows; i += (int)ceil(15 / size)) {
-        svg_text(t, LEFT - 8, TOP + size * (i + 0.5) + 4, END_TEXT, y_names[i]);
-    }
-    Scale bar = {colour.lo, colour.hi, bottom, TOP, colour.log};
-    for (int i = 0, rgb[3]; i < 90; i++) {
-        char style[60];
-        colour_at(i / 10.0, rgb);
-        snprintf(style, sizeof style, "fill='rgb(%d,%d,%d)'", rgb[0], rgb[1], rgb[2]);
-        svg_box(t, right + 24, bottom - (i + 1) * (bottom - TOP) / 90, 20, (bottom - TOP) / 90 + 1,
-                style);
-    }
-    svg_axis(t, &bar, (int)fmax(2, (bottom - TOP) / 40), true, right + 54, right + 44, right + 49);
-    text_printf(t, "</svg>\n");
-}
-
-// The grid of looped parallel: R turns, upwards, against the number of layers in parallel, T-2S-1.
-// Plain parallel is R = 1. Nothing unless there is more than one R, all below 100.
-static void svg_loops(Text *t, const Row *panel, int64_t n) {
-    Scale turns = {INFINITY, -INFINITY, 0, 9, false}, start = turns, value = turns;
-    for (const Row *r = panel; r < panel + n; r++) {
-        if (!takes(r, "times")) continue;
-        include(&turns, (double)r->arg);
-        include(&start, r->start);
-        include(&value, r->value);
-    }
-    if (!(turns.lo < turns.hi && turns.hi < 100 && value.lo < value.hi)) return;
-    int rows = (int)turns.hi, cols = (int)(start.hi - start.lo) + 1;
-    double *cell = allocate(rows * cols, sizeof *cell, "loop grid");
-    char **names = allocate(rows + cols, sizeof *names, "loop grid");
-    for (int i = 0; i < rows * cols; i++) {
-        cell[i] = NAN;
-        for (const Row *r = panel; r < panel + n; r++) {
-            int64_t turn = takes(r, "times") ? r->arg : !strcmp(r->method, "parallel");
-            if (turn == rows - i / cols && r->start == start.hi - i % cols) cell[i] = r->value;
-        }
-        include(&value, cell[i]);
-    }
-    for (int i = 0; i < rows + cols; i++) {
-        Text name = {0};
-        int layers = panel->layers - 2 * ((int)start.hi - (i - rows)) - 1;
-        text_printf(&name, "%d", i < rows ? rows - i : layers);
-        names[i] = name.s;
-    }
-    bool lower = lower_is_better(panel);
-    Text title = {0}, subtitle = {0};
-    text_printf(&title, "%s: looped parallel", panel->task);
-    add_model(&subtitle, panel);
-    text_printf(&subtitle, "; %s%s; framed: the best R of each column", metric_label(panel),
-                lower ? " (lower is better)" : "");
-    value.log = lower && value.lo > 0 && value.hi / value.lo > 100;
-    svg_heatmap(t, title.s, subtitle.s, cell, rows, cols, "layers in parallel, T − 2S − 1",
-                "turns R", names + rows, names, value, lower ? -1 : 1);
-}
-
-// Writes a file under another name and then renames it, so that half of one never stands there.
-static void write_figure(const char *path, const Text *t) {
-    Text aside = {0};
-    text_printf(&aside, "%s.tmp", path);
-    FILE *f = open_written(aside.s, "wb");
-    fwrite(t->s, 1, (size_t)t->n, f);
-    close_written(f, aside.s);
-    if (rename(aside.s, path)) die("%s: cannot be written: %s; choose another place", path,
-                                   strerror(errno));
-}
-
-// A matrix [rows][cols] as an SVG file, its first row on top. lo and hi: the values of the darkest
-// and the lightest colour.
-static void heatmap_svg(const char *path, const char *title, const double *cell, int rows, int cols,
-                        const char *x_label, const char *y_label, char **x_names, char **y_names,
-                        double lo, double hi) {
+// A white page at least as wide as its title, with a box for lines or cells, and writes it.
+static void write_svg(const char *path, const Figure *g) {
+    bool heat = g->view >= LOOPS;
+    double size = fmin(fmax(720.0 / (g->rows > g->cols ? g->rows : g->cols), 8), 46), wide = 1;
+    double dx = heat ? size : (double)(RIGHT - LEFT) / g->cols, right = LEFT + dx * g->cols;
+    double bottom = heat ? TOP + size * g->rows : BOTTOM, middle = (TOP + bottom) / 2;
+    double title = 10.5 * (double)count_codepoints(g->title);
+    double subtitle = 7.5 * (double)count_codepoints(g->subtitle);
     Text t = {0};
-    svg_heatmap(&t, title, "", cell, rows, cols, x_label, y_label, x_names, y_names,
-                (Scale){lo, hi > lo ? hi : lo + 1, 0, 9, false}, 0);
-    write_figure(path, &t);
-}
-
-// The file of a figure: `where` itself or, in that folder, "llama12-bos-hellaswag-acc-loops.svg";
-// other characters than A-Z a-z 0-9 . - _ are made "_".
-static Text figure_path(const char *where, bool file, const Row *panel, const char *kind) {
-    Text t = {0};
-    text_printf(&t, "%s", where);
-    if (file) return t;
-    text_printf(&t, "/");
-    int64_t start = t.n;
-    text_printf(&t, "%s%d%s-%s%s%s%s.svg", panel->family, panel->layers,
-                strcmp(panel->bos, "bos") ? "" : "-bos", panel->task, is_summary(panel) ? "" : "-",
-                is_summary(panel) ? "" : panel->metric, kind);
-    for (char *p = t.s + start; *p; p++) {
-        bool letter = (*p | 32) >= 'a' && (*p | 32) <= 'z';
-        if (!letter && !strchr("._-0123456789", *p)) *p = '_';
+    text_printf(&t, "<svg xmlns='http://www.w3.org/2000/svg' role='img' width='%.0f' height='%.0f' "
+                "font-family='Helvetica, Arial, DejaVu Sans, sans-serif' font-size='12'>\n"
+                "<rect width='100%%' height='100%%' fill='#ffffff'/>\n"
+                "<rect x='%d' y='%d' width='%g' height='%g' fill='none' stroke='#333333'/>\n",
+                fmax(right + 205, 40 + fmax(title, subtitle)), bottom + 60, LEFT, TOP, right - LEFT,
+                bottom - TOP);
+    svg_text(&t, 20, 28, "font-size='16' font-weight='bold'", g->title);
+    svg_text(&t, 20, 47, "fill='#444444'", g->subtitle);
+    svg_text(&t, (LEFT + right) / 2, bottom + 44, MIDDLE_TEXT, g->x_label);
+    svg_text(&t, -middle, 24, "text-anchor='middle' transform='rotate(-90)'", g->y_label);
+    for (int i = 0; i < g->cols; i++) {
+        wide = fmax(wide, 7.5 * (double)count_codepoints(g->col_name[i]) + 6);
     }
-    return t;
+    for (int i = 0; i < g->cols; i += (int)ceil(wide / dx)) {
+        svg_text(&t, LEFT + dx * (i + 0.5), bottom + 20, MIDDLE_TEXT, g->col_name[i]);
+    }
+    if (heat) svg_cells(&t, g, size, right, bottom);
+    else svg_lines(&t, g, dx);
+    text_printf(&t, "</svg>\n");
+    FILE *f = open_written(path, "wb");
+    fwrite(t.s, 1, (size_t)t.n, f);
+    close_written(f, path);
 }
 
-// All figures that the rows give: for every metric of every task, and the summary of several tasks,
-// the values against S and against layer k, and the grid of looped parallel. `where` is a file
-// NAME.svg if there is one figure, otherwise a folder, made if missing.
-static void report_figures(const char *where, const Row *rows, int64_t n) {
-    static const char *const part[] = {"", "-layers", "-loops"};
-    int64_t n_summary;
-    Row *all = sorted_rows(rows, n, &n_summary);
-    if (n_summary && all[n].cut > 1) n += n_summary;    // of several tasks
+typedef struct {
+    Row *rows, *summary;        // sorted; of the summary, seeds are one row
+    int64_t n, n_summary, n_figures;
+    Figure *figures;            // of all metrics of all tasks, and of the summary of several tasks
+} Report;
+
+// Prepares a report. Sorts the rows.
+static Report make_report(Row *rows, int64_t n) {
+    Row *points = allocate(2 * n + 1, sizeof *points, "points of figures");
+    int64_t capacity = 0, n_points;
+    if (n) {
+        qsort(rows, (size_t)n, sizeof *rows, by_all_keys);
+        memcpy(points, rows, (size_t)n * sizeof *rows);
+    }
+    n_points = merge_rows(points, n, BY_POINT, false);
+    Report report = {.rows = rows, .n = n, .summary = points + n_points};
+    report.n_summary = make_summary(report.summary, rows, n);
+    if (report.n_summary && report.summary->n > 1) n_points += report.n_summary;
+    for (int64_t i = 0, k; i < n_points; i += k) {
+        k = span(points + i, n_points - i, BY_PANEL);
+        for (int view = STARTS; view <= LOOPS; view++) {
+            Figure g = make_figure(points + i, k, view);
+            int64_t at = report.n_figures;
+            if (!g.rows) continue;
+            report.figures = grow(report.figures, &capacity, at + 1, sizeof g, "figures");
+            report.figures[report.n_figures++] = g;
+        }
+    }
+    return report;
+}
+
+// The summary of every schedule: of random the mean over seeds, with their standard deviation.
+static void report_summary(FILE *f, const Report *report) {
+    print_rows(f, report->summary, report->n_summary);
+    if (report->n && !report->n_summary) {
+        fprintf(f, "# No summary: no task with a baseline above chance.\n\n");
+    }
+}
+
+// Every task's first metric, and the summary of several.
+static void report_chart(FILE *f, const Report *report) {
+    for (const Figure *g = report->figures; g < report->figures + report->n_figures; g++) {
+        if (g->panel->first) print_chart(f, g);
+    }
+}
+
+// Draws all figures. `where` is a file NAME.svg if there is one, otherwise a folder, made if
+// missing, for files like "llama12-bos-hellaswag-acc-loops.svg"; other characters than A-Z a-z 0-9
+// . - _ are made "_".
+static void report_figures(const char *where, const Report *report) {
     const char *dot = strrchr(where, '.');
-    bool file = dot && !strcmp(dot, ".svg");
-    if (!file && mkdir(where, 0777) && errno != EEXIST) {
+    bool folder = !dot || strcmp(dot, ".svg");
+    int64_t n = report->n_figures;
+    if (!n) die("%s: no result has a start S or a layer k to draw; use --sweep", where);
+    if (!folder && n > 1) {
+        die("%s: these results make %lld figures; name a folder", where, (long long)n);
+    }
+    if (folder && mkdir(where, 0777) && errno != EEXIST) {
         die("%s: cannot be made: %s; choose another place", where, strerror(errno));
     }
-    int64_t count = 0;
-    for (int pass = 0; pass < 2; pass++) {      // the first one only counts
-        for (int64_t i = 0, k; i < n; i += k) {
-            k = span(all + i, n - i, PANEL);
-            for (int kind = 0; kind < 3; kind++) {
-                Text svg = {0};
-                if (kind == 2) svg_loops(&svg, all + i, k);
-                else svg_plot(&svg, all + i, k, kind ? ONE : MIDDLE);
-                count += pass == 0 && svg.n;
-                if (pass && svg.n) {
-                    Text path = figure_path(where, file, all + i, part[kind]);
-                    write_figure(path.s, &svg);
-                }
-            }
+    for (const Figure *g = report->figures; g < report->figures + n; g++) {
+        const Row *r = g->panel;
+        char *name = text_of("%s%d%s-%s%s%s%s.svg", r->family, r->layers,
+                             strcmp(r->bos, "bos") ? "" : "-bos", r->task,
+                             is_summary(r) ? "" : "-", is_summary(r) ? "" : r->metric,
+                             views[g->view].file);
+        for (char *p = name; *p; p++) {
+            bool letter = (*p | 32) >= 'a' && (*p | 32) <= 'z';
+            if (!letter && !strchr("._-0123456789", *p)) *p = '_';
         }
-        if (!count) die("%s: no result has a start S or a layer k to draw; use --sweep", where);
-        if (file && count > 1) die("%s: these results make %lld figures; name a folder", where,
-                                   (long long)count);
+        write_svg(folder ? text_of("%s/%s", where, name) : where, g);
     }
 }
+
 // ------------------------------------------------------------------------------------------------
 // 11. Runs: --eval, --probe, --sweep, --report, --cosine
 // ------------------------------------------------------------------------------------------------
 
-// Adds the schedules of one --sweep word: all starts of a method (random:SEEDS, loop:R or
-// loop:R1-R2), or path:FILE with one path a line.
-static void sweep_word(Store *st, const char *word) {
+// Adds all starts of a method to a sweep: "skip", "random:SEEDS", "loop:R" or "loop:R1-R2".
+static void sweep_method(Store *st, const char *word) {
     size_t length = strcspn(word, ":");
-    const char *argument = word[length] ? word + length + 1 : NULL;
     const Intervention *v = intervention_named(word, length);
-    int n;
-    if (argument && !strncmp(word, "path:", 5)) {
-        int64_t bytes;
-        char **line = split(read_file(argument, &bytes), '\n', &n);
-        for (int i = 0; i < n && (*line[i] || i + 1 < n); i++) {
-            Text place = {0};
-            text_printf(&place, "%s: line %d", argument, i + 1);
-            line[i][strcspn(line[i], "\r")] = 0;
-            store_schedule(st, schedule_parse(line[i], st->layers, place.s));
-        }
-        return;
-    }
-    if (!v) die("--sweep: \"%s\" is no method; use skip, repeat, ..., or path:FILE", word);
-    int64_t low = v->standard, high = low;
-    if (v->argument_flag) {
-        bool seeds = !strcmp(v->argument_flag, "seed");
-        char **end = split(copy_string(argument ? argument : seeds ? "10" : "3"), '-', &n);
-        if (n > (seeds ? 1 : 2) || !parse_int(end[0], 1, 100000, &low) ||
-            !parse_int(end[n - 1], low, 100000, &high)) {
-            die("--sweep: \"%s\": expected random:SEEDS, loop:R or loop:R1-R2, from 1", word);
-        }
+    const char *takes = v ? v->argument_flag : NULL;
+    bool seeds = takes && !strcmp(takes, "seed"), good = v != NULL;
+    int64_t low = good ? v->standard : 0, high = seeds ? 9 : low;
+    if (word[length]) {
+        int n;
+        char **end = split(copy_string(word + length + 1), '-', &n);
+        good = takes && n <= (seeds ? 1 : 2) && parse_int(end[0], 1, 100000, &low) &&
+               parse_int(end[n - 1], low, 100000, &high);
         if (seeds) low = 0, high--;
-    } else if (argument) {
-        die("--sweep: \"%s\": %s takes no argument", word, v->name);
     }
+    if (!good) die("--sweep: \"%s\": expected a method, random:SEEDS, loop:R1-R2, path:FILE", word);
     for (int64_t start = 0; start <= largest_start(v, st->layers); start++) {
         for (int64_t a = low; a <= high; a++) {
             store_schedule(st, schedule_build(v, st->layers, start, a));
@@ -5147,19 +4705,32 @@ static void sweep_word(Store *st, const char *word) {
     }
 }
 
-// The baseline and all schedules of a --sweep list.
-static void sweep_schedules(Store *st, const char *sweep) {
-    int n;
-    char **word = split(copy_string(sweep), ',', &n);
+// The baseline and all schedules of a --sweep list: methods, and files with one path a line.
+static void sweep_schedules(Store *st) {
+    int n_words, n;
+    char **word = split(copy_string(options.sweep), ',', &n_words);
     store_schedule(st, schedule_build(NULL, st->layers, -1, -1));
-    for (int i = 0; i < n; i++) sweep_word(st, word[i]);
+    for (char **w = word; w < word + n_words; w++) {
+        int64_t bytes;
+        if (strncmp(*w, "path:", 5)) {
+            sweep_method(st, *w);
+            continue;
+        }
+        char **line = split(read_file(*w + 5, &bytes), '\n', &n);
+        for (int i = 0; i < n && (*line[i] || i + 1 < n); i++) {
+            st->place.n = 0;
+            text_printf(&st->place, "%s: line %d", *w + 5, i + 1);
+            line[i][strcspn(line[i], "\r")] = 0;
+            store_schedule(st, schedule_parse(line[i], st->layers, st->place.s));
+        }
+    }
 }
 
 // --sweep LIST --show: the schedules, one a line, and how much of their work is shared.
-static void show_sweep(const char *sweep, int T) {
+static void show_sweep(int T) {
     Store st = {.layers = T};
     int64_t separate = 0;
-    sweep_schedules(&st, sweep);
+    sweep_schedules(&st);
     Entry **entry = allocate(st.n_entries, sizeof *entry, "schedules");
     for (int64_t i = 0; i < st.n_entries; i++) {
         entry[i] = &st.entries[i];
@@ -5174,46 +4745,42 @@ static void show_sweep(const char *sweep, int T) {
 
 // Finds the classifier of a task, and the task's label of each of its outputs, by name. Where the
 // names do not tell (LABEL_0, ...), the order is taken as it is, and that is said.
-static void match_labels(Task *t, const Model *m, const char *wanted) {
-    const char *name = wanted ? wanted : t->head;
+static void match_labels(Task *t, const Model *m) {
+    const char *name = options.head ? options.head : t->head;
     const Head *h = NULL;
     for (int i = 0; i < m->n_heads_named; i++) {
         if (name ? !strcmp(m->heads[i].name, name) : m->n_heads_named == 1) h = &m->heads[i];
     }
-    if (!h) {
-        die("%s: has %d classifiers%s%s; name one with --head, or use --probe", m->path,
-            m->n_heads_named, name ? ", none called " : "", name ? name : "");
+    bool regress = !strcmp(t->kind->name, "regress"), known = true;
+    if (!h || regress != h->regression || t->n_labels != h->n_labels) {
+        die("%s: task %s needs a classifier with %d outputs; \"%s\" names none such of its %d; "
+            "choose one with --head, or use --probe", m->path, t->name, t->n_labels,
+            name ? name : "", m->n_heads_named);
     }
-    bool regress = !strcmp(t->kind->name, "regress");
-    if (regress != h->regression || n_outputs(t) != h->n_labels) {
-        die("%s: task %s has %d labels and classifier %s %d outputs; choose another with --head",
-            t->path, t->name, n_outputs(t), h->name, h->n_labels);
-    }
-    int known = 0;
     t->classifier = h;
     t->label_of = allocate(h->n_labels, sizeof *t->label_of, "labels");
     for (int i = 0; i < h->n_labels && !regress; i++) {
-        int j = 0;
-        while (j < t->n_labels && strcmp(h->labels[i], t->labels[j])) j++;
-        t->label_of[i] = j;
-        known += j < t->n_labels;
+        int *j = &t->label_of[i];
+        while (*j < t->n_labels && strcmp(h->labels[i], t->labels[*j])) ++*j;
+        known &= *j < t->n_labels;
     }
-    if (regress || known == h->n_labels) return;
+    if (known) return;
     for (int i = 0; i < h->n_labels; i++) t->label_of[i] = i;
     warn("%s: the labels of classifier %s (%s, ...) are not those of task %s: taken in order",
          m->path, h->name, h->labels[0], t->name);
 }
 
 // Checks that the model can do the task at all.
-static void check_task(const Task *t, const Model *m, bool probe) {
+static void check_task(const Task *t, const Model *m) {
     const Kind *k = t->kind;
     bool bert = m->arch == BERT, classifies = k->output == CLASSIFIES;
+    const char *missing = NULL;
     need_tokenizer(m);
     if (k->arch && k->arch != m->arch) {
         die("%s: a task of kind %s is for %s; %s is another model", t->path, k->name,
             k->arch == LLAMA ? "Llama" : "BERT", m->path);
     }
-    const char *missing = NULL;
+    if (options.probe && !classifies) die("%s: --probe is for kinds classify and regress", t->path);
     if (bert && (m->bos < 0 || m->eos < 0)) missing = "[CLS] or [SEP] token";
     else if (bert && !classifies && (!m->has_mlm || m->mask < 0)) missing = "masked-LM head";
     else if (classifies && !m->has_pooler) missing = "pooler";
@@ -5221,59 +4788,70 @@ static void check_task(const Task *t, const Model *m, bool probe) {
         die("%s: has no %s, which kind %s needs; export a checkpoint with one", m->path, missing,
             k->name);
     }
-    if (probe && !classifies) die("%s: --probe is for kinds classify and regress", t->path);
     for (int64_t i = 0; i < t->n_items && classifies && m->n_segments < 2; i++) {
         if (t->items[i].n_fields < 3) continue;
         die("%s: line %lld: two texts, but %s knows one segment", t->path,
-            (long long)t->items[i].line, m->path);
+            (long long)i + 2, m->path);
     }
 }
 
-// Rows for tables and figures, of what the store holds.
-static Row *store_rows(const Store *st, int64_t *n_rows) {
+// The row of a schedule, still without a result.
+static Row schedule_row(const Schedule *s, const char *text) {
+    Row r = {.method = s->method, .start = (int)s->start, .schedule = text, .turns = -1,
+             .seed = NAN, .layers = s->n_layers, .merged = 1};
+    const Intervention *v = intervention_named(s->method, strlen(s->method));
+    if (v) r.rank = 1 + (int)(v - interventions);
+    else if (strcmp(s->method, "baseline")) r.rank = INT_MAX;
+    if (!v || !v->argument_flag) return r;
+    if (!strcmp(v->argument_flag, "seed")) r.seed = (double)s->argument;
+    else r.turns = (int)s->argument;
+    return r;
+}
+
+// What the store holds, as a report.
+static Report store_report(const Store *st) {
     Row *rows = NULL;
-    int64_t capacity = 0;
+    int64_t n_rows = 0, capacity = 0;
     for (int k = 0; k < st->n_wanted_tasks; k++) {
         const Task *t = st->tasks[k];
         int64_t width = t->kind->width;
         double *values = allocate(t->n_items * width, sizeof *values, "results");
-        for (int64_t i = 0; i < st->n_wanted; i++) {
-            const Entry *e = &st->entries[i];
-            int64_t n = 0, cut = 0;
+        for (const Entry *e = st->entries; e < st->entries + st->n_wanted; e++) {
+            Row r = schedule_row(&e->schedule, e->text);
+            r.task = t->name;
+            r.chance = t->chance;
+            r.bos = st->bos;
+            r.family = st->family;
             for (int64_t item = 0; item < t->n_items && e->kept[k]; item++) {
                 const double *kept = e->kept[k] + item * (1 + width);
                 if (kept[0] == MISSING) continue;
-                memcpy(values + n++ * width, kept + 1, (size_t)width * sizeof *kept);
-                cut += kept[0] == DONE_CUT;
+                memcpy(values + r.n++ * width, kept + 1, (size_t)width * sizeof *kept);
+                r.cut += kept[0] == DONE_CUT;
             }
-            for (int j = 0; j < t->n_metrics && n; j++) {
-                rows = grow(rows, &capacity, *n_rows + 1, sizeof *rows, "results");
-                Row *r = &rows[(*n_rows)++];
-                *r = (Row){.task = t->name, .metric = t->metrics[j]->name, .first = j == 0,
-                           .method = e->schedule.method, .start = (int)e->schedule.start,
-                           .arg = e->schedule.argument, .schedule = e->text, .layers = st->layers,
-                           .n = n, .cut = cut, .chance = t->chance, .bos = st->bos,
-                           .family = st->family};
-                r->value = metric_value(t->metrics[j], values, n, (int)width, &r->error);
+            for (int j = 0; j < t->n_metrics && r.n; j++) {
+                r.metric = t->metrics[j]->name;
+                r.first = j == 0;
+                r.value = metric_value(t->metrics[j], values, r.n, (int)width, &r.error);
+                rows = grow(rows, &capacity, n_rows + 1, sizeof *rows, "results");
+                rows[n_rows++] = r;
             }
         }
         release(values);
     }
-    return rows;
+    return make_report(rows, n_rows);
 }
 
 // Everything that is printed and drawn of results: a table, and where many schedules were run, the
 // summary and charts.
 static void show_results(const Store *st, const char *svg) {
-    int64_t n = 0;
-    Row *rows = store_rows(st, &n);
-    if (!n) die("no results to show");
-    report_table(stdout, rows, n);
+    Report report = store_report(st);
+    if (!report.n) die("no results to show");
+    print_rows(stdout, report.rows, report.n);
     if (st->n_wanted > 1) {
-        report_summary(stdout, rows, n);
-        report_chart(stdout, rows, n);
+        report_summary(stdout, &report);
+        report_chart(stdout, &report);
     }
-    if (svg) report_figures(svg, rows, n);
+    if (svg) report_figures(svg, &report);
 }
 
 // --report FILE ...: tables and figures of finished results, no model needed.
@@ -5287,105 +4865,116 @@ static void report_files(void) {
 
 // --probe: pools the features of the train items under the schedules of the walk, and fits a
 // classifier on each.
-static void fit_probes(Evaluation *e, Task *train) {
-    int64_t d = e->s->model->dim;
-    int outputs = n_outputs(train);
-    double *gold = allocate(train->n_items, sizeof *gold, "labels");
-    for (int64_t i = 0; i < train->n_items; i++) gold[i] = gold_of(train, i);
+static void fit_probes(Evaluation *e) {
+    Task *train = e->train;
+    int64_t n = train->n_items, d = e->s->model->dim;
+    double *gold = allocate(n, sizeof *gold, "labels");
+    for (int64_t i = 0; i < n; i++) gold[i] = train->items[i].gold;
     for (int64_t k = 0; k < e->n; k++) {
-        e->entry[k]->features = allocate(train->n_items * d, sizeof(float), "pooled features");
+        e->entry[k]->features = allocate(n * d, sizeof(float), "pooled features");
     }
-    e->t = train;
-    e->pooling = true;
-    run_requests(e);
-    e->pooling = false;
+    run_requests(e, train);
     for (int64_t k = 0; k < e->n; k++) {
         Entry *x = e->entry[k];
-        x->weights = allocate(outputs * (d + 1), sizeof *x->weights, "probes");
-        probe_fit(x->features, gold, train->n_items, d, outputs, options.strength, x->weights);
+        x->weights = allocate(train->n_labels * (d + 1), sizeof *x->weights, "probes");
+        probe_fit(x->features, gold, n, d, train->n_labels, options.strength, x->weights);
         release(x->features);
-        stop_if_interrupted(e);
+        x->features = NULL;
     }
     release(gold);
 }
 
+// Answers that are due of a task under a schedule; those of the train items count too.
+static int64_t count_due(Entry *x, const Task *t, const Task *train) {
+    int64_t n = 0;
+    for (int64_t item = 0; item < t->n_items; item++) n += due(x, t, item);
+    return n && train ? n + train->n_items : n;
+}
+
 enum { MOST_FEATURES = 256000000 };     // of train items under schedules held at a time: a gigabyte
 
-// Runs all tasks under all wanted schedules that are not done with them.
-static void run_tasks(Evaluation *e, Task *train) {
+// Runs a task under all wanted schedules that are not done with it.
+static void run_task(Evaluation *e, Task *t) {
     Store *st = &e->store;
     Entry **entry = allocate(st->n_wanted, sizeof *entry, "schedules");
-    e->started = seconds();
-    for (int pass = 0; pass < 2; pass++) {          // the first one only counts
-        for (e->task = 0; e->task < st->n_wanted_tasks; e->task++) {
-            Task *t = e->t = st->tasks[e->task];
-            int64_t n = 0, group = t->kind->output == GENERATES ? 1 : st->n_wanted;
-            for (Entry *x = st->entries; x < st->entries + st->n_wanted; x++) {
-                int64_t left = 0;
-                for (int64_t item = 0; item < t->n_items; item++) left += due(e, x, item);
-                if (left) entry[n++] = x;
-                if (left && pass == 0) e->answers_due += left + (train ? train->n_items : 0);
-            }
-            plan_walk(entry, n);
-            if (train) group = MOST_FEATURES / e->s->model->dim / train->n_items;
-            if (group < 1) group = 1;
-            for (int64_t from = 0; from < n && pass; from += group) {
-                e->entry = entry + from;
-                e->n = n - from < group ? n - from : group;
-                plan_walk(e->entry, e->n);
-                if (train) fit_probes(e, train);
-                e->t = t;
-                run_requests(e);
-            }
-        }
+    int64_t n = 0, most = t->kind->output == GENERATES ? 1 : st->n_wanted;
+    if (e->train) most = MOST_FEATURES / e->s->model->dim / e->train->n_items;
+    if (most < 1) most = 1;
+    for (Entry *x = st->entries; x < st->entries + st->n_wanted; x++) {
+        if (count_due(x, t, NULL)) entry[n++] = x;
+    }
+    plan_walk(entry, n);
+    for (int64_t from = 0; from < n; from += most) {
+        e->entry = entry + from;
+        e->n = n - from < most ? n - from : most;
+        e->entry[0]->common = 0;
+        if (e->train) fit_probes(e);
+        run_requests(e, t);
     }
 }
 
-// --eval: all tasks under one schedule, or under those of a sweep.
-static void evaluate(Session *s, Schedule schedule) {
-    const Model *m = s->model;
-    Evaluation e = {.s = s, .store = {.layers = m->n_layers}};
-    Store *st = &e.store;
-    Task *train = options.probe ? task_load(options.probe) : NULL;
+// Begins the results of a run: what they belong to, its tasks and its schedules. Opens --out.
+static void begin_results(Evaluation *e, Schedule schedule) {
+    const Model *m = e->s->model;
+    Store *st = &e->store;
     Text id = {0};
     text_printf(&id, "#painters-results\t1\tmodel=%016llx\tfamily=%s\tlayers=%d\tbos=%s\tkv=%s\t"
                 "head=%s",
                 options.out ? (unsigned long long)hash_bytes(m->file, m->bytes) : 0,
                 m->arch == LLAMA ? "llama" : "bert", m->n_layers,
                 m->arch == BERT ? "-" : options.bos ? "bos" : "no-bos",
-                s->kv_mean ? "mean" : "exact",
-                options.head ? options.head : "-");
+                e->s->kv_mean ? "mean" : "exact", options.head ? options.head : "-");
     store_identity(st, id.s);
-    if (train) check_task(train, m, true);
-    for (int64_t i = 0; i < options.n_evals; i++) {
-        Task *t = task_load(options.evals[i]);
-        check_task(t, m, train != NULL);
+    if (options.probe) e->train = task_load(options.probe);
+    if (e->train) check_task(e->train, m);
+    for (; st->n_wanted_tasks < options.n_evals; st->n_wanted_tasks++) {
+        Task *t = task_load(options.evals[st->n_wanted_tasks]), *train = e->train;
+        check_task(t, m);
         if (train && (train->kind != t->kind || train->n_labels != t->n_labels)) {
             die("%s: its kind or labels are not those of %s", t->path, train->path);
         }
-        if (!train && t->kind->output == CLASSIFIES) match_labels(t, m, options.head);
+        if (!train && t->kind->output == CLASSIFIES) match_labels(t, m);
+        Text line = {0};
+        text_printf(&line, "#task\t%lld\t%016llx", (long long)t->n_items,
+                    (unsigned long long)t->hash);
         if (train) {
-            Text line = {0};
-            text_printf(&line, "%s\tprobe=%016llx\tstrength=%g", t->identity,
-                        (unsigned long long)train->hash, options.strength);
-            t->identity = line.s;
+            text_printf(&line, " probe=%016llx strength=%g", (unsigned long long)train->hash,
+                        options.strength);
         }
+        text_printf(&line, "%s", t->header + strlen("#painters-task\t1"));
+        t->identity = line.s;
         store_task(st, t);
-        if (st->n_tasks == i) die("%s: task %s is given twice", t->path, t->name);
+        if (st->n_tasks == st->n_wanted_tasks) die("%s: task %s is given twice", t->path, t->name);
     }
-    if (options.sweep) sweep_schedules(st, options.sweep);
+    if (options.sweep) sweep_schedules(st);
     else store_schedule(st, schedule);
     st->n_wanted = st->n_entries;
-    st->n_wanted_tasks = st->n_tasks;
-    if (options.out) store_open(st, options.out);
+    if (options.out) store_open(st);
+}
+
+// --eval: all tasks under one schedule, or under those of a sweep.
+static void evaluate(Session *s, Schedule schedule) {
+    const char *out = options.out;
+    Evaluation e = {.s = s};
+    Store *st = &e.store;
+    e.row_at = allocate(s->model->max_length + 1, sizeof *e.row_at, "rows of a text");
+    begin_results(&e, schedule);
     if (options.log) {
         e.log = open_written(options.log, "w");
         fputs("#task\tschedule\titem\tstate (2: cut)\tkept values\tscores or text\n", e.log);
     }
+    farewell = quiet ? "" : out ? "\nstopped; the same command goes on from there\n"
+                                : "\nstopped; with --out FILE a run can be continued\n";
     signal(SIGINT, on_interrupt);
     signal(SIGTERM, on_interrupt);
-    run_tasks(&e, train);
-    if (st->out) close_written(st->out, st->path);
+    for (int i = 0; i < st->n_wanted_tasks; i++) {
+        for (int64_t k = 0; k < st->n_wanted; k++) {
+            e.answers_due += count_due(&st->entries[k], st->tasks[i], e.train);
+        }
+    }
+    e.started = seconds();
+    for (int i = 0; i < st->n_wanted_tasks; i++) run_task(&e, st->tasks[i]);
+    if (st->out) close_written(st->out, out);
     if (e.log) close_written(e.log, options.log);
     if (options.sweep && s->layer_passes) {
         warn("layer passes: %lld run, %lld for a run of its own per schedule: %.2f times less",
@@ -5395,28 +4984,20 @@ static void evaluate(Session *s, Schedule schedule) {
     show_results(st, options.svg);
 }
 
-// The listener of --cosine: keeps the states between steps, one copy of the rows each.
-static void keep_state(Session *s, void *data) {
-    float **at = data;
-    int64_t size = s->batch.n_rows * s->model->dim;
-    memcpy(*at, s->x, (size_t)size * sizeof **at);
-    *at += size;
-}
-
 // Cosine similarity of every pair of hidden states of one sequence, flattened over its positions,
 // added to sum [n][n].
-static void add_cosines(Session *s, const Schedule *schedule, const Task *t, Request r,
-                        double *sum, int64_t n) {
-    int64_t size = r.n * s->model->dim;
-    float *state = allocate(n * size, sizeof *state, "hidden states"), *at = state;
-    r.mask_at = -1;
-    s->listener = keep_state;
-    s->listener_data = &at;
+static void add_cosines(Session *s, const Schedule *schedule, const Task *t, Request *r,
+                        double *sum) {
+    int64_t size = r->n * s->model->dim, n = schedule->n_steps + 1;
+    float *state = allocate(n * size, sizeof *state, "hidden states");
+    r->mask_at = -1;
     session_reset(s, 0);
-    add_rows(s, t, &r, sequence_new(s, -1, r.n, 1), 0, r.n);
-    forward(s, schedule);
-    s->listener = NULL;
-    s->listener_data = NULL;
+    add_rows(s, t, r, sequence_new(s, -1, r->n, 1), 0, r->n);
+    embed(s);
+    for (int64_t i = 0; i < n; i++) {
+        if (i > 0) run_step(s, schedule, i - 1);
+        memcpy(state + i * size, s->x, (size_t)size * sizeof *state);
+    }
     #pragma omp parallel for
     for (int64_t pair = 0; pair < n * n; pair++) {
         const float *a = state + pair / n * size, *b = state + pair % n * size;
@@ -5431,58 +5012,50 @@ static void add_cosines(Session *s, const Schedule *schedule, const Task *t, Req
     release(state);
 }
 
-// The sequences of a task file, or the one of a prompt, for --cosine.
-static Task *cosine_task(const Model *m) {
-    if (*options.cosine) {
-        Task *t = task_load(options.cosine);
-        check_task(t, m, false);
-        for (int64_t i = 0; i < t->n_items && (options.limit < 0 || i < options.limit); i++) {
-            t->kind->ask(t, m, options.bos, i);
-        }
-        return t;
-    }
-    Task *t = allocate(1, sizeof *t, "task");
-    Request *r = new_request(t, 0);
-    if ((m->arch == BERT || options.bos) && m->bos >= 0) ids_push(&t->pool, m->bos);
-    encode(need_tokenizer(m), options.prompt, (int64_t)strlen(options.prompt), &t->pool);
-    if (m->arch == BERT && m->eos >= 0) ids_push(&t->pool, m->eos);
-    r->n = r->segment_from = t->pool.n;
-    if (!r->n) die("--prompt: no tokens; give some text");
-    return t;
-}
-
 // --cosine: the paper's similarity matrix, averaged over a task's sequences or of one prompt, one
 // sequence in memory at a time.
 static void cosine(Session *s, const Schedule *schedule) {
-    Task *t = cosine_task(s->model);
+    const Model *m = s->model;
+    Task *t = *options.cosine ? task_load(options.cosine) : allocate(1, sizeof *t, "task");
     Text heading = {0};
     int n;
+    if (*options.cosine) {
+        check_task(t, m);
+        for (int64_t i = 0; i < t->n_items && (options.limit < 0 || i < options.limit); i++) {
+            t->kind->ask(t, m, options.bos, i);
+        }
+    } else {
+        Request *r = new_request(t, 0);
+        t->pool = prompt_ids(m, options.prompt, options.bos);
+        r->n = r->segment_from = t->pool.n;
+    }
     text_printf(&heading, "emb %s", schedule_text(schedule));
     char **name = split(heading.s, ' ', &n);
-    double *sum = allocate(n * (int64_t)n, sizeof *sum, "similarities"), started = seconds();
-    int64_t done = 0;
+    double *mean = allocate(n * (int64_t)n, sizeof *mean, "similarities"), started = seconds();
+    double lowest = 1, done = 0;
     for (int64_t i = 0; i < t->n_requests; i++) {
-        const Request *r = &t->requests[i];
+        Request *r = &t->requests[i];
         if (i && r->mask_at >= 0 && r->first == r[-1].first) continue;  // a window of running text
-        add_cosines(s, schedule, t, *r, sum, n);
+        add_cosines(s, schedule, t, r, mean);
         done++;
         progress("cosine", i + 1, t->n_requests, started);
     }
-    double lowest = 1;
     for (int i = 0; i < n; i++) printf("\t%s", name[i]);
-    for (int i = 0; i < n; i++) {
-        printf("\n%s", name[i]);
-        for (int j = 0; j < n; j++) {
-            double *mean = &sum[i * (int64_t)n + j];
-            *mean /= (double)done;
-            lowest = *mean < lowest ? *mean : lowest;
-            printf("\t%.6f", *mean);
-        }
+    for (int64_t i = 0; i < n * (int64_t)n; i++) {
+        mean[i] /= done;
+        lowest = mean[i] < lowest ? mean[i] : lowest;
+        if (i % n == 0) printf("\n%s", name[i / n]);
+        printf("\t%.6f", mean[i]);
     }
     putchar('\n');
     if (options.svg) {
-        heatmap_svg(options.svg, "Cosine similarity of hidden states", sum, n, n, "state after",
-                    "state after", name, name, lowest, 1);
+        Row *cell = allocate(n * (int64_t)n, sizeof *cell, "cells of a figure");
+        for (int64_t i = 0; i < n * (int64_t)n; i++) cell[i].value = mean[i];
+        Figure g = {.view = MATRIX, .rows = n, .cols = n, .row_name = name, .col_name = name,
+                    .title = "Cosine similarity of hidden states", .subtitle = "",
+                    .x_label = "state after", .y_label = "state after",
+                    .cell = cell, .scale = {lowest, 1, false}};
+        write_svg(options.svg, &g);
     }
 }
 
@@ -5492,18 +5065,17 @@ static void cosine(Session *s, const Schedule *schedule) {
 
 static void print_info(const Model *m) {
     static const char *const tokenizers[] = {"none", "SentencePiece BPE", "WordPiece"};
+    bool llama = m->arch == LLAMA;
     int64_t weights = 0, count[N_TYPES] = {0};
     for (const Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++) {
         weights += t->rows * t->cols;
         count[t->type]++;
     }
-    const char *source = model_note(m, "source");
-    printf("file          %s, %.1f MB, of %s\n", m->path, (double)m->bytes / 1e6, source);
-    bool llama = m->arch == LLAMA;
-    printf("architecture  %s, %d layers of dim %d, hidden %d, norm epsilon %g\n"
-           "heads         %d of %d, %d for keys and values\n", llama ? "Llama" : "BERT",
-           m->n_layers, m->dim, m->hidden, (double)m->norm_eps, m->n_heads, m->head_dim,
-           m->n_kv_heads);
+    printf("file          %s, %.1f MB, of %s\n"
+           "architecture  %s, %d layers of dim %d, hidden %d, norm epsilon %g\n"
+           "heads         %d of %d, %d for keys and values\n", m->path, (double)m->bytes / 1e6,
+           model_note(m, "source"), llama ? "Llama" : "BERT", m->n_layers, m->dim, m->hidden,
+           (double)m->norm_eps, m->n_heads, m->head_dim, m->n_kv_heads);
     if (llama) {
         printf("rotary        base %g, pairs %s\noutput head   %s\n", (double)m->rope_theta,
                m->rope == ROPE_HALVES ? "(i, i + head_dim/2)" : "(2i, 2i + 1)",
@@ -5518,8 +5090,7 @@ static void print_info(const Model *m) {
     for (int t = 0; t < N_TYPES; t++) {
         if (count[t]) printf(" %lld %s", (long long)count[t], type_names[t]);
     }
-    for (int i = 0; i < m->n_heads_named; i++) {
-        const Head *h = &m->heads[i];
+    for (const Head *h = m->heads; h < m->heads + m->n_heads_named; h++) {
         printf("\nhead          %s: %s", h->name, h->regression ? "regression" : "labels");
         for (int j = 0; j < h->n_labels; j++) printf(" %s", h->labels[j]);
     }
@@ -5528,63 +5099,63 @@ static void print_info(const Model *m) {
 
 // To add a flag: a field in `options` (section 6), a row here, and its use. The type says what the
 // value is. The interventions of section 1 and their second numbers are flags too.
-enum { SWITCH, WORD, OPTIONAL, WORDS, INTEGER, NUMBER };
+enum { HEADING, SWITCH, OPTIONAL, WORD, WORDS, INTEGER, NUMBER };
 enum { MOST_THREADS = 1024 };
 typedef struct {
-    const char *name, *value;   // --name VALUE; without help a heading
+    const char *name, *value;   // --name VALUE
     int type;
-    void *target;
+    void *target;               // of that type: bool, const char *, list of those, int64_t, double
     double lowest, highest;
     const char *help;
 } Flag;
 
 static const Flag flags[] = {
-    {"What", NULL, SWITCH, NULL, 0, 0, NULL},
+    {"What", "", HEADING, NULL, 0, 0, ""},
     {"prompt", "TEXT", WORD, &options.prompt, 0, 0, "Llama: continue TEXT; BERT: fill its [MASK]s"},
     {"eval", "TASK.tsv ...", WORDS, &options.evals, 0, 0, "score task files"},
-    {"sweep", "LIST", WORD, &options.sweep, 0, 0, "many schedules: skip,random:10,loop:1-8"},
+    {"sweep", "LIST", WORD, &options.sweep, 0, 0, "many schedules, as in skip,random:10,loop:1-8"},
     {"probe", "TRAIN.tsv", WORD, &options.probe, 0, 0, "BERT: fit a classifier, --eval with it"},
     {"cosine", "[TASK.tsv]", OPTIONAL, &options.cosine, 0, 0,
      "cosine similarity of hidden states, over a task or of --prompt"},
     {"report", "FILE ...", WORDS, &options.reports, 0, 0, "tables and figures of --out files"},
     {"quantize", "OUT", WORD, &options.quantize, 0, 0, "write the model to OUT with 8-bit weights"},
-    {"info", NULL, SWITCH, &options.info, 0, 0, "what the model file holds"},
-    {"show", NULL, SWITCH, &options.show, 0, 0, "print the schedule and stop"},
-    {"help", NULL, SWITCH, &options.help, 0, 0, "this text"},
-    {"How", NULL, SWITCH, NULL, 0, 0, NULL},
+    {"info", "", SWITCH, &options.info, 0, 0, "what the model file holds"},
+    {"show", "", SWITCH, &options.show, 0, 0, "print the schedule, or all of a --sweep, and stop"},
+    {"help", "", SWITCH, &options.help, 0, 0, "this text"},
+    {"How", "", HEADING, NULL, 0, 0, ""},
     {"threads", "N", INTEGER, &options.threads, 1, MOST_THREADS, "threads (default: one a core)"},
     {"limit", "N", INTEGER, &options.limit, 1, 9e15, "only the first N items of each task"},
     {"batch", "TOKENS", INTEGER, &options.batch, 1, 1 << 24, "tokens in one pass (default 2048)"},
-    {"bos", NULL, SWITCH, &options.bos, 0, 0, "begin texts with BOS (default for --prompt)"},
-    {"no-bos", NULL, SWITCH, &options.no_bos, 0, 0, "do not (default for --eval)"},
-    {"kv", "exact|mean", WORD, &options.kv, 0, 0, "parallel layers: own keys, or their mean"},
+    {"bos", "", SWITCH, &options.bos, 0, 0, "begin texts with BOS (default for --prompt)"},
+    {"no-bos", "", SWITCH, &options.no_bos, 0, 0, "begin them without (default for --eval)"},
+    {"kv", "exact|mean", WORD, &options.kv, 0, 0, "parallel layers keep their own keys, or a mean"},
     {"head", "NAME", WORD, &options.head, 0, 0, "BERT: which classifier of the file"},
     {"strength", "X", NUMBER, &options.strength, 1e-9, 1e9, "L2 penalty of --probe (default 1)"},
     {"out", "FILE", WORD, &options.out, 0, 0, "keep all results; the same command goes on"},
     {"log", "FILE", WORD, &options.log, 0, 0, "write every item: scores or text, prediction, gold"},
-    {"shard", "I/N", WORD, &options.shard, 0, 0, "the I-th of N parts of the items"},
-    {"svg", "FILE|DIR", WORD, &options.svg, 0, 0, "draw the figure there, or the figures"},
+    {"shard", "I/N", WORD, &options.shard, 0, 0, "only the I-th of N parts of the items"},
+    {"svg", "FILE|DIR", WORD, &options.svg, 0, 0, "draw the figure in FILE, several in folder DIR"},
     {"tokens", "N", INTEGER, &options.tokens, 1, 9e15, "how far --prompt continues (default 256)"},
     {"temperature", "X", NUMBER, &options.temperature, 0, 1e6, "0 takes the likeliest (default)"},
     {"top-p", "X", NUMBER, &options.top_p, 1e-9, 1, "sample from this much of the distribution"},
     {"sample-seed", "K", INTEGER, &options.sample_seed, -9.2e18, 9.2e18, "seed of sampling"},
     {"kernels", "NAME", WORD, &options.kernels, 0, 0, "plain: the ones to learn from; see --info"},
-    {"quiet", NULL, SWITCH, &quiet, 0, 0, "no status on stderr"},
-    {"Which layers", NULL, SWITCH, NULL, 0, 0, NULL},
+    {"quiet", "", SWITCH, &quiet, 0, 0, "no status on stderr"},
+    {"Which layers (0 to T-1; the middle is S < i < T-S)", "", HEADING, NULL, 0, 0, ""},
     {"path", "EXPR", WORD, &options.path, 0, 0, "the schedule itself, e.g. \"0-3 (4-7)*2 8-11\""},
-    {"layers", "T", INTEGER, &options.layers, 1, 16384, "with --show: T layers, without a model"},
+    {"layers", "T", INTEGER, &options.layers, 1, 16384, "with --show: T layers, no model needed"},
 };
 enum { N_FLAGS = sizeof flags / sizeof *flags, MOST_FLAGS = N_FLAGS + 2 * N_INTERVENTIONS };
 
-// The i-th of all flags: the rows above, then two for each intervention, the second with a NULL
-// name where it takes no second number.
+// The i-th of all flags: the rows above, then two for each intervention, the second with the name
+// "" where it takes no second number.
 static Flag flag_at(int i) {
     if (i < N_FLAGS) return flags[i];
     const Intervention *v = &interventions[(i - N_FLAGS) / 2];
     Flag method = {v->name, v->range == MIDDLE ? "S" : "K", INTEGER, &options.start, -9.2e18,
                    9.2e18, v->help};
-    Flag argument = {v->argument_flag, "N", INTEGER, &options.argument, (double)v->lowest,
-                     (double)v->highest, "the N of the line above"};
+    Flag argument = {v->argument_flag ? v->argument_flag : "", "N", INTEGER, &options.argument,
+                     (double)v->lowest, (double)v->highest, v->argument_help};
     return (i - N_FLAGS) % 2 ? argument : method;
 }
 
@@ -5593,10 +5164,9 @@ static void print_help(void) {
          "  painters MODEL [what to do] [how] [which layers]");
     for (int i = 0; i < MOST_FLAGS; i++) {
         Flag f = flag_at(i);
-        char name[64];
-        snprintf(name, sizeof name, "--%s %s", f.name ? f.name : "", f.value ? f.value : "");
-        if (!f.help) printf("\n%s\n", f.name);
-        else if (f.name) printf("  %-24s %s\n", name, f.help);
+        int left = 21 - (int)strlen(f.name);
+        if (f.type == HEADING) printf("\n%s\n", f.name);
+        else if (*f.name) printf("  --%s %-*s %s\n", f.name, left, f.value, f.help);
     }
     puts("\nExamples\n"
          "  painters llama.bin --prompt \"Once upon a time\" --parallel 3\n"
@@ -5605,104 +5175,82 @@ static void print_help(void) {
          "  painters --layers 32 --random 9 --seed 3 --show");
 }
 
-static void take_value(const Flag *f, const char *value) {
-    bool good = true;
-    if (f->type == INTEGER) {
-        good = parse_int(value, (int64_t)f->lowest, (int64_t)f->highest, f->target);
-    } else if (f->type == NUMBER) {
-        double *number = f->target;
-        good = parse_double(value, number) && *number >= f->lowest && *number <= f->highest;
-    } else {
-        *(const char **)f->target = value;
-    }
-    if (!good) {
-        die("--%s: \"%s\" is not a %snumber from %.9g to %.9g", f->name, value,
-            f->type == INTEGER ? "whole " : "", f->lowest, f->highest);
-    }
+static void take_number(const Flag *f, const char *value) {
+    bool whole = f->type == INTEGER, good;
+    double *number = f->target;
+    if (whole) good = parse_int(value, (int64_t)f->lowest, (int64_t)f->highest, f->target);
+    else good = parse_double(value, number) && *number >= f->lowest && *number <= f->highest;
+    if (!good) die("--%s: \"%s\" is not a %snumber from %.9g to %.9g", f->name, value,
+                   whole ? "whole " : "", f->lowest, f->highest);
 }
 
 // Reads the arguments into `options`. Every flag is known, has the values it needs, and numbers
 // are numbers; otherwise one line says which is not.
 static void parse_arguments(int argc, char **argv) {
+    const char **list = NULL;           // where words go, behind a flag that takes many
     options.evals = allocate(argc, sizeof *options.evals, "arguments");
     options.reports = allocate(argc, sizeof *options.reports, "arguments");
     for (int i = 1, at = 0; i < argc; i++, at = 0) {
-        bool last = i + 1 == argc;
-        if (strncmp(argv[i], "--", 2)) {
-            if (options.model) die("\"%s\": one model at a time; quote a text of words", argv[i]);
-            options.model = argv[i];
+        const char *word = argv[i], *next = argv[i + 1];            // NULL behind the last
+        bool follows = next && strncmp(next, "--", 2);
+        if (strncmp(word, "--", 2)) {
+            if (list) *list++ = word;
+            else if (!options.model) options.model = word;
+            else die("\"%s\": one model at a time; quote a text of words", word);
             continue;
         }
-        Flag f = flag_at(0);
-        while (!f.help || !f.name || strcmp(f.name, argv[i] + 2)) {
-            if (++at == MOST_FLAGS) die("%s: no such flag; painters --help lists them", argv[i]);
+        Flag f = flag_at(at);
+        while (f.type == HEADING || !*f.name || strcmp(f.name, word + 2)) {
+            if (++at == MOST_FLAGS) die("%s: no such flag; painters --help lists them", word);
             f = flag_at(at);
         }
+        list = f.type == WORDS ? *(const char ***)f.target : NULL;
+        while (list && *list) list++;
+        if (!next ? f.type >= WORD : f.type == WORDS && !follows) {
+            die("%s: a value is missing: %s", word, f.value);
+        }
+        if (f.type == SWITCH) *(bool *)f.target = true;
+        else if (f.type == OPTIONAL) *(const char **)f.target = follows ? argv[++i] : "";
+        else if (f.type == WORD) *(const char **)f.target = argv[++i];
+        else if (f.type != WORDS) take_number(&f, argv[++i]);
         if (f.target == &options.argument) options.argument_flag = f.name;
-        if (f.target == &options.start) {
-            const Intervention *other = options.method;
-            if (other) die("--%s: --%s is given too; one at a time", f.name, other->name);
-            options.method = &interventions[(at - N_FLAGS) / 2];
-        }
-        if (f.type == SWITCH) {
-            *(bool *)f.target = true;
-        } else if (f.type == OPTIONAL && (last || !strncmp(argv[i + 1], "--", 2))) {
-            *(const char **)f.target = "";
-        } else if (last) {
-            die("%s: a value is missing: %s", argv[i], f.value);
-        } else if (f.type == WORDS) {
-            const char **word = *(const char ***)f.target;
-            while (*word) word++;
-            do *word++ = argv[++i];
-            while (i + 1 < argc && strncmp(argv[i + 1], "--", 2));
-        } else {
-            take_value(&f, argv[++i]);
-        }
+        if (f.target != &options.start) continue;
+        const Intervention *other = options.method;
+        if (other) die("--%s: --%s is given too; one at a time", f.name, other->name);
+        options.method = &interventions[(at - N_FLAGS) / 2];
     }
     while (options.evals[options.n_evals]) options.n_evals++;
     while (options.reports[options.n_reports]) options.n_reports++;
+    if (options.method && !options.argument_flag) options.argument = options.method->standard;
 }
 
-// The one schedule that the flags name, for a model of T layers.
-static Schedule chosen_schedule(int T) {
+// Flags that need others, and values that are more than a number.
+static void check_options(void) {
     const Intervention *v = options.method;
     const char *second = options.argument_flag, *takes = v ? v->argument_flag : NULL;
-    if (second && (!takes || strcmp(second, takes))) {
-        die("--%s: needs the flag beside it that --help shows above it", second);
-    }
-    if (options.path && v) die("--path: --%s is given too; choose one", v->name);
-    if (options.path) return schedule_parse(options.path, T, "--path");
-    return schedule_build(v, T, options.start, second ? options.argument : v ? v->standard : -1);
-}
-
-// I/N of --shard.
-static void read_shard(void) {
-    const char *text = options.shard ? options.shard : "1/1", *slash = strchr(text, '/');
-    char first[8] = "";
-    if (slash && slash - text < 8) memcpy(first, text, (size_t)(slash - text));
-    if (!slash || !parse_int(slash + 1, 1, 1000000, &options.n_parts) ||
-        !parse_int(first, 1, options.n_parts, &options.part)) {
-        die("--shard: \"%s\" is not I/N with I from 1 to N, as in 2/8", text);
-    }
-}
-
-// Flags that need others.
-static void check_options(void) {
+    const char *kv = options.kv ? options.kv : "exact";
     bool eval = options.n_evals > 0;
-    const struct { bool given; const char *flag, *needs; bool there; } rule[] = {
-        {options.sweep != NULL, "sweep", "--eval or --show", eval || options.show},
-        {options.probe != NULL, "probe", "--eval", eval},
-        {options.out != NULL, "out", "--eval", eval},
-        {options.log != NULL, "log", "--eval", eval},
-        {options.shard != NULL, "shard", "--eval", eval},
-        {options.cosine && !*options.cosine, "cosine", "a task or --prompt", !!options.prompt},
-        {options.layers > 0, "layers", "--show", options.show},
-        {options.bos, "bos", "no --no-bos", !options.no_bos},
-        {options.kv && strcmp(options.kv, "exact"), "kv", "exact or mean",
-         options.kv && !strcmp(options.kv, "mean")}};
+    const struct { bool broken; const char *flag, *needs; } rule[] = {
+        {options.sweep && !eval && !options.show, "sweep", "--eval or --show"},
+        {options.probe && !eval, "probe", "--eval"},
+        {options.out && !eval, "out", "--eval"},
+        {options.log && !eval, "log", "--eval"},
+        {options.shard && !eval, "shard", "--eval"},
+        {options.cosine && !*options.cosine && !options.prompt, "cosine", "a task or --prompt"},
+        {options.layers > 0 && !options.show, "layers", "--show"},
+        {options.bos && options.no_bos, "bos", "no --no-bos"},
+        {strcmp(kv, "exact") && strcmp(kv, "mean"), "kv", "exact or mean"},
+        {options.path && v, "path", "no other schedule"},
+        {second && (!takes || strcmp(second, takes)), second, "the flag that --help names"}};
     for (size_t i = 0; i < sizeof rule / sizeof *rule; i++) {
-        if (!rule[i].given || rule[i].there) continue;
-        die("--%s: needs %s beside it", rule[i].flag, rule[i].needs);
+        if (rule[i].broken) die("--%s: needs %s beside it", rule[i].flag, rule[i].needs);
+    }
+    if (!options.shard) return;
+    int n;
+    char **part = split(copy_string(options.shard), '/', &n);
+    if (n != 2 || !parse_int(part[1], 1, 1000000, &options.n_parts) ||
+        !parse_int(part[0], 1, options.n_parts, &options.part)) {
+        die("--shard: \"%s\" is not I/N with I from 1 to N, as in 2/8", options.shard);
     }
 }
 
@@ -5712,10 +5260,12 @@ static void run_command(void) {
         die("no model file; give one first: painters MODEL ... (or --help)");
     }
     Model *m = options.layers > 0 ? NULL : model_load(options.model);
-    Schedule schedule = chosen_schedule(m ? m->n_layers : (int)options.layers);
+    int T = m ? m->n_layers : (int)options.layers;
+    Schedule schedule = options.path ? schedule_parse(options.path, T, "--path") : schedule_build(
+        options.method, T, options.start, options.argument);
     Session *s = session_new(m);
     s->kv_mean = options.kv && !strcmp(options.kv, "mean");
-    if (options.show && options.sweep) show_sweep(options.sweep, schedule.n_layers);
+    if (options.show && options.sweep) show_sweep(schedule.n_layers);
     else if (options.show) puts(schedule_text(&schedule));
     else if (options.info) print_info(m);
     else if (options.quantize) model_quantize(m, options.quantize);
@@ -5729,35 +5279,32 @@ static void run_command(void) {
 }
 
 #ifndef PAINTERS_NO_MAIN
-// OMP_NUM_THREADS where it is absurd: LLVM's OpenMP would end the program, so it must not see it.
-static void check_environment(void) {
-#if defined _OPENMP && !defined _WIN32
+static void set_threads(void) {
+#ifdef _OPENMP
+#ifndef _WIN32      // an absurd number would make LLVM's OpenMP end the program: it must not see it
     const char *text = getenv("OMP_NUM_THREADS");
-    char *end;
+    char *end = "";
     long n = text ? strtol(text, &end, 10) : 1;
-    if (n >= 1 && n <= MOST_THREADS && (!text || !*end || *end == ',')) return;
-    warn("OMP_NUM_THREADS: \"%s\" is not 1 to %d and does not count", text, MOST_THREADS);
-    unsetenv("OMP_NUM_THREADS");
+    if (n < 1 || n > MOST_THREADS || (*end && *end != ',')) {
+        warn("OMP_NUM_THREADS: \"%s\" is not 1 to %d and does not count", text, MOST_THREADS);
+        unsetenv("OMP_NUM_THREADS");
+    }
+#endif
+    if (options.threads) omp_set_num_threads((int)options.threads);
 #endif
 }
 
 int main(int argc, char **argv) {
     parse_arguments(argc, argv);
-    check_environment();
-    if (options.help || argc == 1) {
-        print_help();
-        close_written(stdout, "stdout");
-        return argc == 1;
+    set_threads();
+    if (options.help || argc == 1) print_help();
+    else {
+        check_options();
+        if (options.n_reports) report_files();
+        else run_command();
     }
-    check_options();
-#ifdef _OPENMP
-    if (options.threads) omp_set_num_threads((int)options.threads);
-#endif
-    read_shard();
-    if (options.n_reports) report_files();
-    else run_command();
     close_written(stdout, "stdout");
-    return 0;
+    return argc == 1;
 }
 #endif
 #endif  // LANES

@@ -90,9 +90,9 @@ static void bench_matmul(int type, int64_t n, int64_t rows, int64_t cols) {
     Tensor w = {type, rows, cols, data, scale};
     double flops[999], peaks[999], began = seconds();
     int runs = 0;
-    for (matmul(y, x, &w, NULL, n); runs < 999 && (runs < 3 || seconds() - began < patience); runs++) {
+    for (matmul(y, x, &w, n); runs < 999 && (runs < 3 || seconds() - began < patience); runs++) {
         double start = seconds();
-        matmul(y, x, &w, NULL, n);
+        matmul(y, x, &w, n);
         flops[runs] = 2.0 * (double)n * (double)rows * (double)cols / (seconds() - start) * 1e-9;
         peaks[runs] = n > 8 ? peak() : 1;
     }

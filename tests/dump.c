@@ -25,22 +25,16 @@ static void dump_table(const char *name, int64_t rows, int64_t columns, const fl
     fwrite(x, sizeof *x, (size_t)(rows * columns), stdout);
 }
 
-// The listener: keeps the rows of the present pass in the next state.
-static void dump_keep_state(Session *s, void *data) {
-    int64_t *at = data, d = s->model->dim;
-    memcpy(dump.states[(*at)++] + dump.done * d, s->x,
-           (size_t)(s->batch.n_rows * d) * sizeof(float));
-}
-
 // One pass over the rows in the batch; their logits (a classifier: of the first row) go to `out`.
 static void dump_pass(float *out) {
     Session *s = dump.s;
     const Model *m = s->model;
-    int64_t state = 0, n = s->batch.n_rows, d = m->dim;
-    s->listener = dump_keep_state;
-    s->listener_data = &state;
-    forward(s, &dump.schedule);
-    s->listener = NULL;
+    int64_t n = s->batch.n_rows, d = m->dim;
+    embed(s);
+    for (int64_t i = 0; i < dump.n_states; i++) {
+        if (i > 0) run_step(s, &dump.schedule, i - 1);
+        memcpy(dump.states[i] + dump.done * d, s->x, (size_t)(n * d) * sizeof(float));
+    }
     if (m->arch == LLAMA || m->has_mlm) {
         int64_t *rows = allocate(n, sizeof *rows, "rows");
         for (int64_t i = 0; i < n; i++) rows[i] = i;
@@ -49,7 +43,7 @@ static void dump_pass(float *out) {
     } else if (m->n_heads_named) {
         float *x = allocate(d, sizeof *x, "pooled");
         pooled(s, (int64_t[]){0}, 1, x);
-        matmul(out, x, &m->heads[0].weight, m->heads[0].bias, 1);
+        matmul(out, x, &m->heads[0].weight, 1);
         release(x);
     }
     batch_commit(s);

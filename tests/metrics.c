@@ -1,4 +1,4 @@
-// Lets tests/test_metrics.py and tests/oracle_eval.py call the pure functions of section 6. One
+// Lets tests/test_metrics.py and tests/oracle_eval.py call the pure functions of section 7. One
 // request a line on stdin, one answer a line on stdout; texts are hexadecimal.
 #define PAINTERS_NO_MAIN
 #include "../painters.c"
@@ -31,7 +31,8 @@ static void answer_match(void) {
 // text TEXT: bytes of white space at the end, words, code points
 static void answer_text(void) {
     char *text = unhex(next_word());
-    printf("%lld %lld %lld\n", (long long)trailing_space(text), (long long)count_words(text),
+    int64_t tail, words = count_words(text, &tail);
+    printf("%lld %lld %lld\n", (long long)tail, (long long)words,
            (long long)count_codepoints(text));
     release(text);
 }

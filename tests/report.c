@@ -30,32 +30,44 @@ int main(int argc, char **argv) {
     if (argc < 3) die("report: table|summary|chart|figures|heatmap and a file are missing; add them");
     char **cell = read_cells(argv[2], &n, &cols);
     if (!strcmp(argv[1], "heatmap")) {
-        double *value = allocate(n * cols, sizeof *value, "cells");
+        Row *value = allocate(n * cols, sizeof *value, "cells");
         char **name = allocate(n + cols, sizeof *name, "names");
-        for (int64_t i = 0; i < n * cols; i++) value[i] = number(cell[i]);
+        for (int64_t i = 0; i < n * cols; i++) value[i].value = number(cell[i]);
         for (int64_t i = 0; i < n + cols; i++) {
             Text t = {0};
             text_printf(&t, "%lld", (long long)i);
             name[i] = t.s;
         }
-        heatmap_svg(argv[3], "Cosine similarity of hidden states", value, (int)n, (int)cols, "layer",
-                    "layer", name, name, number(argv[4]), number(argv[5]));
+        Figure g = {.view = MATRIX, .rows = (int)n, .cols = (int)cols, .row_name = name,
+                    .col_name = name, .title = "Cosine similarity of hidden states", .subtitle = "",
+                    .cell = value, .x_label = "layer", .y_label = "layer",
+                    .scale = {number(argv[4]), number(argv[5]), false}};
+        write_svg(argv[3], &g);
         return 0;
     }
     if (n && cols != 15) die("%s: %lld columns; there are 15", argv[2], (long long)cols);
     Row *rows = allocate(n + 1, sizeof *rows, "rows");
     for (int64_t i = 0; i < n; i++) {
         char **c = cell + 15 * i;
-        rows[i] = (Row){.task = c[0], .metric = c[1], .method = c[2], .start = atoi(c[3]),
-                        .arg = atoll(c[4]), .schedule = c[5], .layers = atoi(c[6]),
-                        .value = number(c[7]), .error = number(c[8]), .n = atoll(c[9]),
-                        .cut = atoll(c[10]), .chance = number(c[11]), .first = *c[12] == '1',
-                        .bos = c[13], .family = c[14]};
+        Schedule s = {.method = c[2], .start = atoi(c[3]), .argument = atoll(c[4]),
+                      .n_layers = atoi(c[6])};
+        rows[i] = schedule_row(&s, c[5]);
+        rows[i].task = c[0];
+        rows[i].metric = c[1];
+        rows[i].value = number(c[7]);
+        rows[i].error = number(c[8]);
+        rows[i].n = atoll(c[9]);
+        rows[i].cut = atoll(c[10]);
+        rows[i].chance = number(c[11]);
+        rows[i].first = *c[12] == '1';
+        rows[i].bos = c[13];
+        rows[i].family = c[14];
     }
-    if (!strcmp(argv[1], "table")) report_table(stdout, rows, n);
-    else if (!strcmp(argv[1], "summary")) report_summary(stdout, rows, n);
-    else if (!strcmp(argv[1], "chart")) report_chart(stdout, rows, n);
-    else if (!strcmp(argv[1], "figures") && argc > 3) report_figures(argv[3], rows, n);
+    Report made = make_report(rows, n);
+    if (!strcmp(argv[1], "table")) print_rows(stdout, made.rows, n);
+    else if (!strcmp(argv[1], "summary")) report_summary(stdout, &made);
+    else if (!strcmp(argv[1], "chart")) report_chart(stdout, &made);
+    else if (!strcmp(argv[1], "figures") && argc > 3) report_figures(argv[3], &made);
     else die("report: %s is unknown; use table, summary, chart, figures or heatmap", argv[1]);
     return 0;
 }

@@ -41,7 +41,9 @@ class CommandLine(unittest.TestCase):
                 ([model, "--cosine"], "--prompt"), ([model], "nothing to do"), ([model, model], model),
                 (["--layers", "3"], "--show"), ([], None), (["/nowhere/m.bin", "--info"], "/nowhere"),
                 ([common.ROOT, "--info"], "regular file"),
-                ([model, "--eval", "/nowhere.tsv"], "/nowhere.tsv")):
+                ([model, "--eval", "/nowhere.tsv"], "/nowhere.tsv"),
+                ([model, "--eval", "--quiet"], "--eval: a value is missing"), (["--"], "--"),
+                ([model, "--prompt", "a", "--seed", "1"], "--seed")):
             if said:
                 with self.subTest(words):
                     self.assertIn(said, common.refused(*words))

@@ -6,13 +6,12 @@ import unittest
 
 import common
 
-BUILDER = """static void build_rotate(Schedule *s, int lo, int hi, int64_t argument) {
-    (void)argument;
+BUILDER = """static void build_rotate(Schedule *s, int lo, int hi) {
     for (int i = lo + 1; i < hi; i++) schedule_add(s, i, false);
     schedule_add(s, lo, false);
 }
 """
-ROW = '    {"rotate", MIDDLE, NULL, 0, 0, -1, build_rotate, "run the first middle layer last"},\n'
+ROW = '    {"rotate", "run the first middle layer last", .build = build_rotate},\n'
 
 
 class Exercises(unittest.TestCase):

@@ -81,8 +81,8 @@ class Outputs(unittest.TestCase):
 class Signals(unittest.TestCase):
     def test_interrupt_and_terminate(self):
         model = common.model("llama_wide")
-        words = task("long.tsv", b"kind=lastword\tmetrics=acc",
-                     *(b"%s\tb\n" % (b"bcf " * 30) for _ in range(3000)))
+        words = task("long.tsv", b"kind=lastword\tmetrics=acc",     # that begin differently
+                     *(b"%d %s\tb\n" % (i, b"bcf " * 30) for i in range(3000)))
         for number in (signal.SIGINT, signal.SIGTERM):
             for out in ([], ["--out", os.path.join(common.scratch(), "signal-%d.out" % number)]):
                 with self.subTest(number=number, out=out):

@@ -69,7 +69,7 @@ static Tensor random_tensor(int type, int64_t rows, int64_t cols) {
         scale = exact(groups * 2);
         for (int64_t i = 0; i < groups; i++) scale[i] = (uint16_t)(0x2000 + below(0x400));
     }
-    return (Tensor){type, rows, cols, data, scale};
+    return (Tensor){type, rows, cols, data, scale, NULL};
 }
 
 static void free_tensor(Tensor w) {
@@ -119,7 +119,7 @@ static void check_f16(void) {
     uint16_t *h = exact(N * 2);
     float *y = exact(N * 4), one = 1;
     for (int i = 0; i < N; i++) h[i] = (uint16_t)i;
-    matmul(y, &one, &(Tensor){F16, N, 1, h, NULL}, NULL, 1);
+    matmul(y, &one, &(Tensor){F16, N, 1, h, NULL, NULL}, 1);
     for (int i = 0; i < N; i++) {
         double v = f16_value(i);
         bool odd = v != v || (on_amx() && isinf(v));    // infinity has no low part
@@ -136,7 +136,8 @@ static void check_matmul(int type, int64_t n, int64_t rows, int64_t cols, bool w
     Tensor w = random_tensor(type, rows, cols);
     float *x = uniforms(n * cols), *y = exact(n * rows * 4);
     float *bias = with_bias ? uniforms(rows) : NULL;
-    matmul(y, x, &w, bias, n);
+    w.bias = bias;
+    matmul(y, x, &w, n);
     for (int64_t i = 0; i < n; i++) {
         for (int64_t r = 0; r < rows; r++) {
             double sum = bias ? (double)bias[r] : 0, size = fabs(sum);
@@ -174,17 +175,17 @@ static void check_matmul_bits(int type, int64_t rows, int64_t cols) {
     Tensor w = random_tensor(type, rows, cols);
     float *x = uniforms(N * cols), *all = exact(N * rows * 4), *y = exact(N * rows * 4);
     set_threads(1);
-    matmul(all, x, &w, NULL, N);
+    matmul(all, x, &w, N);
     for (int n = 1; n <= N; n++) {
         int first = (int)below(N - n + 1);
-        matmul(y, x + first * cols, &w, NULL, n);
+        matmul(y, x + first * cols, &w, n);
         CHECK(same(y, all + first * rows, n * rows), "%s, %lld x %lld: %d rows change the bits",
               type_names[type], (long long)rows, (long long)cols, n);
     }
     for (int threads = 1; threads <= 8; threads++) {
         set_threads(threads);
         for (int n = 1; n <= N; n += 13) {
-            matmul(y, x, &w, NULL, n);
+            matmul(y, x, &w, n);
             CHECK(same(y, all, n * rows), "%s, %lld x %lld x %lld: %d threads change the bits",
                   type_names[type], (long long)n, (long long)rows, (long long)cols, threads);
         }
@@ -377,7 +378,7 @@ int main(int argc, char **argv) {
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512bf16")) return 77;
     for (int i = 0; i < N_KERNELS; i++) {
-        if (kernel_table[i].level == 3) kernels = &kernel_table[i];
+        if (kernel_table[i].level == 3) kernels_use(&kernel_table[i]);
     }
     check_path(quick);
     return failures ? 1 : 0;

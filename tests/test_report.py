@@ -394,7 +394,6 @@ class Figures(unittest.TestCase):
         path = os.path.join(common.scratch(), "one.svg")
         report("figures", one, path)
         self.assertEqual(len(data(ElementTree.parse(path).getroot(), "x")), 3)
-        self.assertFalse(os.path.exists(path + ".tmp"))
         line = report("figures", study(LLAMA, seeds=1), path + "2.svg", status=1)
         self.assertIn("name a folder", line)
         self.assertFalse(os.path.exists(path + "2.svg"))
@@ -410,7 +409,7 @@ class Figures(unittest.TestCase):
             self.skipTest("no /dev/full")
         folder = os.path.join(common.scratch(), "full")
         os.mkdir(folder)
-        os.symlink("/dev/full", os.path.join(folder, "llama12-a-acc.svg.tmp"))
+        os.symlink("/dev/full", os.path.join(folder, "llama12-a-acc.svg"))
         line = report("figures", [row("a", "acc", "skip", 0.5, 3)], folder, status=1)
         self.assertIn("cannot be written", line)
 

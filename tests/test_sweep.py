@@ -118,6 +118,15 @@ class Sweep(unittest.TestCase):
         for log in logs[1:]:
             self.assertEqual(logs[0], log)
 
+    def test_texts_that_begin_alike(self):
+        """Each context begins with the one before it: more ancestors than a sequence may have."""
+        words = sentence(random.Random(9), 24).split()
+        rows = [[0, " ".join(words[:n]), "the cat", "the big cat", "a dog"] for n in range(1, 25)]
+        task = write_task("nested", "choice", "acc", rows)
+        alone, together = (self.evaluate(common.model("llama_gqa"), [task], "--batch", n)[1]
+                           for n in (1, 100000))
+        self.assertEqual(sorted(alone), sorted(together))
+
     def test_passes_are_counted(self):
         model, tasks = common.model("llama_gqa"), llama_tasks()[:1]
         _, _, err = common.execute(model, "--eval", *tasks, "--sweep", "drop,swap")

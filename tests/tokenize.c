@@ -48,16 +48,17 @@ int main(int argc, char **argv) {
     char *data = read_file(argv[1], &bytes);
     char *exact = allocate(bytes, 1, "section");    // so that sanitizers see a byte too far
     memcpy(exact, data, (size_t)bytes);
-    Tokenizer t;
-    tokenizer_load(&t, argv[1], atoi(argv[2]), (unsigned char *)exact, bytes, atoi(argv[3]),
-                   atoi(argv[4]));
+    Model m = {.path = argv[1], .tokenizer_kind = atoi(argv[2]), .vocab_size = atoi(argv[3]),
+               .unk = atoi(argv[4])};
+    tokenizer_load(&m, (unsigned char *)exact, bytes);
     static char line[1 << 20];
     while (fgets(line, sizeof line, stdin)) {
-        if (*line == 'd') command_decode(&t, line + 1);
-        else command_encode(&t, atoll(line + 1), *line == 't');
+        if (*line == 'd') command_decode(m.tokenizer, line + 1);
+        else command_encode(m.tokenizer, atoll(line + 1), *line == 't');
         fflush(stdout);
     }
-    tokenizer_free(&t);
+    for (int64_t i = 0; i < m.n_own; i++) release(m.own[i]);
+    release(m.own);
     release(exact);
     release(data);
     return 0;
