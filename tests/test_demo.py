@@ -45,7 +45,8 @@ def say(model, task, limit):
 
 def cosine():
     return common.run(os.path.join(SMALL, "llama.bin"), "--cosine", os.path.join(SMALL, "lastword.tsv"),
-                      "--limit", 5, "--svg", os.devnull).decode().splitlines()
+                      "--limit", 5, "--svg",
+                      os.path.join(common.scratch(), "cosine.svg")).decode().splitlines()
 
 
 def everything():
