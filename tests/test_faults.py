@@ -111,7 +111,7 @@ class InputsStay(unittest.TestCase):
         before = [common.read_bytes(name) for name in self.inputs]
         with self.subTest(words[-4:]):
             try:
-                self.assertIn(path, common.refused(*words, timeout=60))
+                self.assertIn(path, common.refused(*words, timeout=20))
             finally:
                 for name, data in zip(self.inputs, before):
                     now = common.read_bytes(name)
