@@ -43,6 +43,11 @@ def shared(*parts):
     return path
 
 
+def read_bytes(path):
+    with open(path, "rb") as f:
+        return f.read()
+
+
 # Programs -----------------------------------------------------------------------------------------
 
 _compiling = {}  # name -> (process, program)

@@ -45,7 +45,8 @@ def say(model, task, limit):
 
 def cosine():
     return common.run(os.path.join(SMALL, "llama.bin"), "--cosine", os.path.join(SMALL, "lastword.tsv"),
-                      "--limit", 5, "--svg", os.devnull).decode().splitlines()
+                      "--limit", 5, "--svg",
+                      os.path.join(common.scratch(), "cosine.svg")).decode().splitlines()
 
 
 def everything():
@@ -62,6 +63,21 @@ def numbers(field):
 
 
 class Demo(unittest.TestCase):
+    def test_the_sample_of_the_readme(self):
+        """What the README says that `make demo` prints first is what it prints."""
+        with open(os.path.join(common.ROOT, "README.md"), encoding="utf-8") as file:
+            sample = re.search(r"(?ms)^```\n(--- painters llama.bin .*?)^```$", file.read()).group(1)
+        with open(os.path.join(common.ROOT, "Makefile"), encoding="utf-8") as file:
+            makefile = file.read().replace("\\\n", "")
+        question = re.search(r'(?m)^SUM = "(.*)"$', makefile).group(1)
+        flags = re.search(r"for flags in (.*?); do", makefile).group(1)
+        found = ""
+        for words in re.findall(r'"(.*?)"', flags):
+            said = common.run(os.path.join(SMALL, "llama.bin"), "--tokens", 24, "--quiet",
+                              *words.split(), "--prompt", question)
+            found += "--- painters llama.bin --prompt ... %s\n%s" % (words, said.decode())
+        self.assertEqual(found.splitlines(), sample.splitlines())
+
     def test_committed_answers(self):
         with open(GOLDEN, encoding="utf-8") as file:
             made, *wanted = file.read().splitlines()

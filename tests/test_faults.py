@@ -2,7 +2,9 @@
 inputs that nobody would write."""
 import os
 import resource
+import shutil
 import signal
+import stat
 import subprocess
 import time
 import unittest
@@ -76,6 +78,97 @@ class Outputs(unittest.TestCase):
                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
             process.stdout.close()
             self.assertIn(process.wait(timeout=60), (1, -signal.SIGPIPE))
+
+
+class InputsStay(unittest.TestCase):
+    """What a run writes never takes the place of what it reads, nor of another output or a device."""
+
+    def setUp(self):
+        folder = os.path.join(common.scratch(), "stay-" + self.id().rpartition(".")[2])
+        os.makedirs(folder)
+
+        def place(name, origin=None):
+            path = os.path.join(folder, name)
+            if origin:
+                shutil.copyfile(origin, path)
+            return path
+        self.place = place
+        self.model = place("model.bin", common.model("bert_two"))
+        rows = [b"%d\tbcf %d\n" % (i % 2, i) for i in range(8)]
+        header = b"kind=classify\tmetrics=acc\tlabels=no|yes"
+        self.task = place("t.tsv", task("stay.tsv", header, *rows))
+        self.train = place("train.tsv", task("stay.tsv", header, *rows))
+        self.paths = place("paths.txt")
+        with open(self.paths, "w", encoding="ascii") as f:
+            f.write("0-5\n")
+        self.link, self.linked = place("link"), place("hard")
+        os.symlink(self.model, self.link)
+        os.link(self.task, self.linked)
+        self.inputs = (self.model, self.task, self.train, self.paths)
+
+    def refuse(self, path, *words):
+        """The run refuses the path in one line, and all inputs are as they were."""
+        before = [common.read_bytes(name) for name in self.inputs]
+        with self.subTest(words[-4:]):
+            try:
+                self.assertIn(path, common.refused(*words, timeout=20))
+            finally:
+                for name, data in zip(self.inputs, before):
+                    now = common.read_bytes(name)
+                    if now != data:
+                        with open(name, "wb") as f:
+                            f.write(data)
+                    self.assertEqual(now, data, name)
+
+    def evaluation(self, *more):
+        return [self.model, "--eval", self.task, "--sweep", "skip,path:" + self.paths, "--probe",
+                self.train, *more]
+
+    def test_outputs_are_no_inputs(self):
+        for flag in ("--out", "--log", "--svg"):
+            for path in (*self.inputs, self.link, self.linked):
+                self.refuse(path, *self.evaluation(flag, path))
+
+    def test_outputs_are_not_each_other(self):
+        for one, two in (("--out", "--log"), ("--out", "--svg"), ("--log", "--svg")):
+            path = self.place("both.svg")
+            self.refuse(path, *self.evaluation(one, path, two, path))
+
+    def test_quantize(self):
+        for path in (self.model, self.link):
+            self.refuse(path, self.model, "--quantize", path)
+
+    def test_cosine(self):
+        for path in (self.model, self.task, self.link):
+            self.refuse(path, self.model, "--cosine", self.task, "--svg", path)
+
+    def test_report(self):
+        out = self.place("r.out")
+        common.run(self.model, "--eval", self.task, "--out", out)
+        self.inputs += (out,)
+        self.refuse(out, "--report", out, "--svg", out)
+
+    def test_no_regular_file(self):
+        """A device (by a link, so that only the link is at risk) and a pipe."""
+        device, pipe = self.place("device"), self.place("pipe")
+        os.symlink("/dev/full", device)
+        os.mkfifo(pipe)
+        for path in (device, pipe):
+            self.refuse(path, self.model, "--quantize", path)
+            self.refuse(path, self.model, "--cosine", "--prompt", "bcf", "--svg", path)
+            for flag in ("--out", "--log", "--svg"):
+                self.refuse(path, *self.evaluation(flag, path))
+            self.assertEqual(os.path.islink(device), True)
+            self.assertTrue(stat.S_ISFIFO(os.stat(pipe).st_mode))
+
+    def test_log_goes_on_with_out(self):
+        """A command that is repeated finds its results done and its log whole."""
+        out, log = self.place("again.out"), self.place("again.log")
+        words = [self.model, "--eval", self.task, "--sweep", "skip", "--out", out, "--log", log]
+        common.run(*words)
+        before = common.read_bytes(log).splitlines()
+        common.run(*words)
+        self.assertEqual(set(before) - set(common.read_bytes(log).splitlines()), set())
 
 
 class Signals(unittest.TestCase):

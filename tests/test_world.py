@@ -7,7 +7,10 @@ import sys
 import tempfile
 import unittest
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
+import export  # noqa: E402
+import modelfile  # noqa: E402
 import world  # noqa: E402
 
 KINDS = {"choice": (3, 8), "contexts": (4, 4), "lastword": (2, 2), "generate": (2, 2),
@@ -42,6 +45,15 @@ class World(unittest.TestCase):
             for name in sorted(os.listdir(self.folder.name)):
                 self.assertEqual(fold(os.path.join(self.folder.name, name)),
                                  fold(os.path.join(again, name)), name)
+
+    def test_shipped_tasks(self):
+        """tests/small holds what seed 1 gives, and nothing else."""
+        small = os.path.join(HERE, "small")
+        self.assertEqual(sorted(name for name in os.listdir(small) if name.endswith(".tsv")),
+                         sorted(map(os.path.basename, self.paths.values())))
+        for path in self.paths.values():
+            name = os.path.basename(path)
+            self.assertEqual(fold(path), fold(os.path.join(small, name)), name)
 
     def test_other_seed_other_bytes(self):
         with tempfile.TemporaryDirectory() as other:
@@ -116,13 +128,18 @@ NEEDED = ("sentencepiece", "torch", "transformers")
 @unittest.skipUnless(all(map(importlib.util.find_spec, NEEDED)), "needs " + ", ".join(NEEDED))
 class Train(unittest.TestCase):
     def test_same_data_and_tokenizers(self):
-        """`train.py data` twice: the same files to the byte."""
+        """`train.py data` twice: the same files to the byte; the shipped models hold these
+        tokenizers."""
         import train
         with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
             first, second = train.make_data(one), train.make_data(two)
             self.assertIn("tokenizer.model", os.listdir(first))
             for name in sorted(os.listdir(first)):
                 self.assertEqual(fold(os.path.join(first, name)), fold(os.path.join(second, name)))
+            for arch, name in (("llama", "tokenizer.model"), ("bert", "vocab.txt")):
+                model = modelfile.read(os.path.join(HERE, "small", arch + ".bin"))
+                made = export.read_tokenizer(first, os.path.join(first, name), arch, model["vocab_size"])
+                self.assertEqual(made.section, model["tokenizer"], arch)
 
 
 if __name__ == "__main__":
