@@ -16,6 +16,7 @@ import contextlib
 import io
 import json
 import math
+import operator
 import os
 import pickletools
 import random
@@ -145,6 +146,7 @@ SAFE_TYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16", "F64": "f64", "I64": "
               "I16": "i16", "I8": "i8", "U8": "u8", "BOOL": "bool"}
 TORCH_TYPES = {"Float": "f32", "Half": "f16", "BFloat16": "bf16", "Double": "f64", "Long": "i64",
                "Int": "i32", "Short": "i16", "Char": "i8", "Byte": "u8", "Bool": "bool"}
+CHUNK = 4 << 20             # bytes of a tensor read at a time
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",
                 "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -208,8 +210,9 @@ Storage = collections.namedtuple("Storage", "key type count")       # where torc
 Tensor = collections.namedtuple("Tensor", "storage start shape")    # a row-major view of them
 
 PICKLE_ARGUMENTS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
-PICKLE_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 MARK = object()
+PICKLE_MAKES = {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
+                "EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "MARK": lambda: MARK}
 
 
 class Unpickler:
@@ -233,19 +236,13 @@ class Unpickler:
         push = self.stack.append
         if code in PICKLE_ARGUMENTS:
             push(argument)
-        elif code in PICKLE_CONSTANTS:
-            push(PICKLE_CONSTANTS[code])
+        elif code in PICKLE_MAKES:
+            push(PICKLE_MAKES[code]())
         elif code in ("BINPUT", "LONG_BINPUT"):
             self.memo[argument] = self.top()
         elif code in ("BINGET", "LONG_BINGET"):
             self.expect(argument in self.memo, "recalls what was never stored")
             push(self.memo[argument])
-        elif code == "MARK":
-            push(MARK)
-        elif code == "EMPTY_DICT":
-            push({})
-        elif code == "EMPTY_LIST":
-            push([])
         elif code == "TUPLE":
             push(tuple(self.since_mark()))
         elif code in ("TUPLE1", "TUPLE2", "TUPLE3"):
@@ -553,18 +550,26 @@ def head_size(source, dim, heads):
     return dim // heads
 
 
+def chunks(stored):
+    """The bytes of a stored tensor, some at a time."""
+    with open(stored.path, "rb") as f:
+        f.seek(stored.offset)
+        for at in range(0, stored.bytes, CHUNK):
+            count = min(CHUNK, stored.bytes - at)
+            try:
+                data = f.read(count)
+            except OSError as error:
+                raise ExportError(stored.path, "byte %d" % (stored.offset + at), error.strerror,
+                                  "copy it to a sound disk")
+            if len(data) != count:
+                raise ExportError(stored.path, "byte %d" % (stored.offset + at + len(data)),
+                                  "the file ends early", "did it change meanwhile?")
+            yield data
+
+
 def same_bytes(a, b):
     """Do two stored tensors hold the same?"""
-    if (a.type, a.shape) != (b.type, b.shape):
-        return False
-    with open(a.path, "rb") as f, open(b.path, "rb") as g:
-        f.seek(a.offset)
-        g.seek(b.offset)
-        for at in range(0, a.bytes, CHUNK):
-            count = min(CHUNK, a.bytes - at)
-            if f.read(count) != g.read(count):
-                return False
-    return True
+    return (a.type, a.shape) == (b.type, b.shape) and all(map(operator.eq, chunks(a), chunks(b)))
 
 
 def untie(found, head, embed, tied):
@@ -870,7 +875,6 @@ def read_source(source, head_name=None, context=None):
 # --------------------------------------------------------------------------------------------------
 
 ARCH_NUMBERS = {"llama": 1, "bert": 2}
-CHUNK = 8 << 20
 HEADER = struct.Struct("<8sIIQQIIQQQ9I2fI5i3IQQ32x")
 ENTRY = struct.Struct("<56sIIQQQQ")
 SIZE_FIELDS = ("dim", "hidden", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_length",
@@ -931,21 +935,9 @@ class Progress:
 
 
 def copy_tensor(out, stored, progress):
-    with open(stored.path, "rb", buffering=0) as f:
-        f.seek(stored.offset)
-        left, buffer = stored.bytes, memoryview(bytearray(min(CHUNK, stored.bytes)))
-        while left:
-            try:
-                count = f.readinto(buffer[:min(left, CHUNK)])
-            except OSError as error:
-                raise ExportError(stored.path, "byte %d" % f.tell(), error.strerror,
-                                  "copy it to a sound disk")
-            if not count:
-                raise ExportError(stored.path, "byte %d" % f.tell(), "the file ends early",
-                                  "did it change meanwhile?")
-            out.write(buffer[:count])
-            left -= count
-            progress.add(count)
+    for data in chunks(stored):
+        out.write(data)
+        progress.add(len(data))
 
 
 @contextlib.contextmanager
@@ -1092,10 +1084,7 @@ def protobuf(data, path, place):
 
 def typed(message, number, default, path, place):
     """The last value of a field, of the default's type: numbers are ints, strings bytes."""
-    value = default
-    for found, value_found in message:
-        if found == number:
-            value = value_found
+    value = dict(message).get(number, default)
     if not isinstance(value, type(default)):
         refuse(path, place, "field %d is of another type" % number, "fetch the file again")
     return value
