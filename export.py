@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Turns published checkpoints and benchmark files into what painters reads.
 
-  python3 export.py model SOURCE OUT.bin [--tokenizer FILE] [--head NAME=FOLDER ...]
-  python3 export.py task NAME SOURCE OUT.tsv [--fewshot N --train FILE]
+  python3 export.py model SOURCE OUT.bin [--tokenizer FILE] [--context N]
+                                         [--head-name NAME] [--head NAME=FOLDER ...]
+  python3 export.py task NAME SOURCE OUT.tsv [--fewshot N --train FILE [--fewshot-same]]
 
 SOURCE of a model is a Hugging Face folder (Llama or BERT), Meta's Llama 2 folder, or a llama2.c
 .bin file. Tensor bytes are copied as they stand, never converted, never loaded whole. Nothing in a
@@ -15,6 +16,7 @@ import contextlib
 import io
 import json
 import math
+import operator
 import os
 import pickletools
 import random
@@ -144,6 +146,7 @@ SAFE_TYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16", "F64": "f64", "I64": "
               "I16": "i16", "I8": "i8", "U8": "u8", "BOOL": "bool"}
 TORCH_TYPES = {"Float": "f32", "Half": "f16", "BFloat16": "bf16", "Double": "f64", "Long": "i64",
                "Int": "i32", "Short": "i16", "Char": "i8", "Byte": "u8", "Bool": "bool"}
+CHUNK = 4 << 20             # bytes of a tensor read at a time
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",
                 "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -152,13 +155,6 @@ def are_sizes(value):
     """Is this a list of whole numbers, none negative, none absurd?"""
     return (isinstance(value, (list, tuple)) and len(value) <= 8
             and all(type(n) is int and 0 <= n < 1 << 48 for n in value))
-
-
-def product(shape):
-    total = 1
-    for n in shape:
-        total *= n
-    return total
 
 
 def refuse_overlaps(named, path):
@@ -198,7 +194,7 @@ def read_safetensors(path):
         stored = Stored(path, SAFE_TYPES[kind], tuple(shape), start + span[0], span[1] - span[0])
         if not span[0] <= span[1] <= size - start:
             raise wrong("bytes %d to %d lie outside the file" % tuple(span))
-        if stored.bytes != product(shape) * ITEM_BYTES[stored.type]:
+        if stored.bytes != math.prod(shape) * ITEM_BYTES[stored.type]:
             raise wrong("%d bytes for shape %s of %s" % (stored.bytes, shape, kind))
         found[name] = stored
     refuse_overlaps(found.items(), path)
@@ -214,8 +210,9 @@ Storage = collections.namedtuple("Storage", "key type count")       # where torc
 Tensor = collections.namedtuple("Tensor", "storage start shape")    # a row-major view of them
 
 PICKLE_ARGUMENTS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
-PICKLE_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 MARK = object()
+PICKLE_MAKES = {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
+                "EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "MARK": lambda: MARK}
 
 
 class Unpickler:
@@ -239,19 +236,13 @@ class Unpickler:
         push = self.stack.append
         if code in PICKLE_ARGUMENTS:
             push(argument)
-        elif code in PICKLE_CONSTANTS:
-            push(PICKLE_CONSTANTS[code])
+        elif code in PICKLE_MAKES:
+            push(PICKLE_MAKES[code]())
         elif code in ("BINPUT", "LONG_BINPUT"):
             self.memo[argument] = self.top()
         elif code in ("BINGET", "LONG_BINGET"):
             self.expect(argument in self.memo, "recalls what was never stored")
             push(self.memo[argument])
-        elif code == "MARK":
-            push(MARK)
-        elif code == "EMPTY_DICT":
-            push({})
-        elif code == "EMPTY_LIST":
-            push([])
         elif code == "TUPLE":
             push(tuple(self.since_mark()))
         elif code in ("TUPLE1", "TUPLE2", "TUPLE3"):
@@ -373,7 +364,7 @@ def read_torch(path):
             raise ExportError(path, "tensor %s" % name[:200], "its data is missing or of another"
                               " size", "cut short? fetch the file again")
         found[name] = Stored(path, tensor.storage.type, tensor.shape, offset + tensor.start * item,
-                             product(tensor.shape) * item)
+                             math.prod(tensor.shape) * item)
     return found
 
 
@@ -559,18 +550,26 @@ def head_size(source, dim, heads):
     return dim // heads
 
 
+def chunks(stored):
+    """The bytes of a stored tensor, some at a time."""
+    with open(stored.path, "rb") as f:
+        f.seek(stored.offset)
+        for at in range(0, stored.bytes, CHUNK):
+            count = min(CHUNK, stored.bytes - at)
+            try:
+                data = f.read(count)
+            except OSError as error:
+                raise ExportError(stored.path, "byte %d" % (stored.offset + at), error.strerror,
+                                  "copy it to a sound disk")
+            if len(data) != count:
+                raise ExportError(stored.path, "byte %d" % (stored.offset + at + len(data)),
+                                  "the file ends early", "did it change meanwhile?")
+            yield data
+
+
 def same_bytes(a, b):
     """Do two stored tensors hold the same?"""
-    if (a.type, a.shape) != (b.type, b.shape):
-        return False
-    with open(a.path, "rb") as f, open(b.path, "rb") as g:
-        f.seek(a.offset)
-        g.seek(b.offset)
-        for at in range(0, a.bytes, CHUNK):
-            count = min(CHUNK, a.bytes - at)
-            if f.read(count) != g.read(count):
-                return False
-    return True
+    return (a.type, a.shape) == (b.type, b.shape) and all(map(operator.eq, chunks(a), chunks(b)))
 
 
 def untie(found, head, embed, tied):
@@ -709,8 +708,8 @@ def read_llama2c(path):
         pieces += [(prefix + rows[name][2] + ".weight", shape) for prefix in prefixes]
     size, found = os.path.getsize(path), {}
     for name, shape in pieces:
-        found[name] = Stored(path, "f32", shape, offset, 4 * product(shape))
-        offset += 4 * product(shape)
+        found[name] = Stored(path, "f32", shape, offset, 4 * math.prod(shape))
+        offset += 4 * math.prod(shape)
     if offset != size:
         raise ExportError(path, "size", "%d bytes, but %d by the header" % (size, offset),
                           "not a .bin of llama2.c, or cut short")
@@ -876,7 +875,6 @@ def read_source(source, head_name=None, context=None):
 # --------------------------------------------------------------------------------------------------
 
 ARCH_NUMBERS = {"llama": 1, "bert": 2}
-CHUNK = 8 << 20
 HEADER = struct.Struct("<8sIIQQIIQQQ9I2fI5i3IQQ32x")
 ENTRY = struct.Struct("<56sIIQQQQ")
 SIZE_FIELDS = ("dim", "hidden", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_length",
@@ -937,21 +935,9 @@ class Progress:
 
 
 def copy_tensor(out, stored, progress):
-    with open(stored.path, "rb", buffering=0) as f:
-        f.seek(stored.offset)
-        left, buffer = stored.bytes, memoryview(bytearray(min(CHUNK, stored.bytes)))
-        while left:
-            try:
-                count = f.readinto(buffer[:min(left, CHUNK)])
-            except OSError as error:
-                raise ExportError(stored.path, "byte %d" % f.tell(), error.strerror,
-                                  "copy it to a sound disk")
-            if not count:
-                raise ExportError(stored.path, "byte %d" % f.tell(), "the file ends early",
-                                  "did it change meanwhile?")
-            out.write(buffer[:count])
-            left -= count
-            progress.add(count)
+    for data in chunks(stored):
+        out.write(data)
+        progress.add(len(data))
 
 
 @contextlib.contextmanager
@@ -1010,6 +996,7 @@ NORMAL, UNKNOWN, CONTROL, VERBATIM, UNUSED, BYTE = range(1, 7)     # sentencepie
 SPACE = "\u2581"                        # sentencepiece's visible space
 TOKENIZER_FILE = 64 << 20               # the largest one believed, in bytes
 LONGEST_TOKEN = 1000                    # characters
+MOST_PADDING = 1024                     # rows of a vocabulary that may have no token
 BERT_NAMES = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]",
               "cls_token": "[CLS]", "mask_token": "[MASK]"}
 
@@ -1041,6 +1028,17 @@ def read_tokenizer(source, file, arch, vocab_size):
     return result._replace(section=b"".join([struct.pack("<I", len(tokens))] + [
         struct.pack("<fII", token.score, token.type, len(token.text)) + token.text
         for token in tokens] + [result.section]))
+
+
+def check_padding(out, tokenizer, vocab_size):
+    """Vocabularies are padded to round numbers; a larger gap is another model's tokenizer."""
+    count = struct.unpack_from("<I", tokenizer.section)[0]
+    if vocab_size - count > min(MOST_PADDING, vocab_size // 4):
+        refuse(out, "tokenizer", "%d tokens, but the model's vocabulary has %d" % (
+            count, vocab_size), "give the model's own with --tokenizer")
+    if count < vocab_size:
+        note("%s: tokenizer: %d tokens; the other %d rows of the model's vocabulary are taken for"
+             " padding" % (out, count, vocab_size - count))
 
 
 def find_tokenizer(source, arch):
@@ -1086,10 +1084,7 @@ def protobuf(data, path, place):
 
 def typed(message, number, default, path, place):
     """The last value of a field, of the default's type: numbers are ints, strings bytes."""
-    value = default
-    for found, value_found in message:
-        if found == number:
-            value = value_found
+    value = dict(message).get(number, default)
     if not isinstance(value, type(default)):
         refuse(path, place, "field %d is of another type" % number, "fetch the file again")
     return value
@@ -1452,6 +1447,8 @@ def unicode_section(cleaning):
             ranges.append(struct.pack("<Ii", code | rule << 24, places.get(value, value)))
     return struct.pack("<II", len(ranges), len(strings)) + b"".join(ranges) \
         + struct.pack("<%dI" % len(strings), *strings)
+
+
 # --------------------------------------------------------------------------------------------------
 # Tasks: official benchmark files -> task files
 #
@@ -1730,7 +1727,8 @@ def write_task(path, header, rows, source):
 
 def run_task(args):
     known = {name.replace("_", ""): name for name in [*LLAMA_TASKS, *GLUE_TASKS]}
-    name = known.get(re.sub("[-_]", "", args.name.lower()))
+    other = {"mnlimatched": "mnli", "mnlim": "mnli", "mnlimismatched": "mnli_mm"}
+    name = {**known, **other}.get(re.sub("[-_]", "", args.name.lower()))
     if not name:
         raise ExportError(args.name, "task", "there is none of this name",
                           "there are " + ", ".join(known.values()))
@@ -1747,17 +1745,6 @@ def run_task(args):
     if len(rows) not in task.counts:
         note("%s: the official file has %s items, this one %d; is it a part of it?"
              % (args.source, " or ".join(map(str, task.counts)), len(rows)))
-
-
-def add_task_arguments(parser):
-    parser.add_argument("name", metavar="NAME", help=", ".join([*LLAMA_TASKS, *GLUE_TASKS]))
-    parser.add_argument("source", metavar="SOURCE", help="official file: .jsonl, or GLUE's .tsv")
-    parser.add_argument("out", metavar="OUT.tsv")
-    parser.add_argument("--fewshot", metavar="N", type=positive, default=0,
-                        help="solved examples before each item, drawn as the harness draws them")
-    parser.add_argument("--train", metavar="FILE", help="the official file to draw them from")
-    parser.add_argument("--fewshot-same", action="store_true",
-                        help="the first N examples for all items: other prompts, and faster")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1800,6 +1787,8 @@ def run_model(args):
     for name, folder in args.head:
         add_head(model, name, folder)
     tokenizer = read_tokenizer(args.source, args.tokenizer, model.arch, model.sizes["vocab_size"])
+    if tokenizer.kind != NO_TOKENIZER:
+        check_padding(args.out, tokenizer, model.sizes["vocab_size"])
     model.meta[:0] = [("source", one_line(os.path.basename(os.path.abspath(args.source))))]
     model.meta += tokenizer.meta
     size, seconds = write_model(args.out, model, tokenizer)
@@ -1825,7 +1814,14 @@ def command_line():
                        help="context length of a Meta folder, which does not tell it (4096)")
     model.set_defaults(run=run_model)
     task = commands.add_parser("task", allow_abbrev=False, help="write a task file")
-    add_task_arguments(task)
+    task.add_argument("name", metavar="NAME", help=", ".join([*LLAMA_TASKS, *GLUE_TASKS]))
+    task.add_argument("source", metavar="SOURCE", help="official file: .jsonl, or GLUE's .tsv")
+    task.add_argument("out", metavar="OUT.tsv")
+    task.add_argument("--fewshot", metavar="N", type=positive, default=0,
+                      help="solved examples before each item, drawn as the harness draws them")
+    task.add_argument("--train", metavar="FILE", help="the official file to draw them from")
+    task.add_argument("--fewshot-same", action="store_true",
+                      help="the first N examples for all items: other prompts, and faster")
     task.set_defaults(run=run_task)
     return parser
 

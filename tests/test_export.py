@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -153,7 +154,7 @@ def numbers(values):
 def tensor_code(kind, shape, key, count, start=0, strides=None, more=b"", flags=b""):
     """The instructions by which torch.save describes a tensor; `more` for its storage."""
     if strides is None:
-        strides = [export.product(shape[i + 1:]) for i in range(len(shape))]
+        strides = [math.prod(shape[i + 1:]) for i in range(len(shape))]
     return (b"ctorch._utils\n_rebuild_tensor_v2\n((" + text("storage") + b"ctorch\n"
             + STORAGE[kind].encode() + b"Storage\n" + text(key) + text("cpu") + number(count) + more
             + b"tQ" + number(start) + numbers(shape) + numbers(strides)
@@ -652,6 +653,21 @@ class WrongLlama(Case):
             with self.subTest(setting=setting, value=value):
                 self.refused(folder(dict(config, **{setting: value}), {"model.safetensors": t}),
                              pattern)
+
+    def test_tokenizer_of_another_size(self):
+        """307 tokens: a few rows without one are padding, many are another model's vocabulary."""
+        for rows in (307, 320, 384, 420, 2048, 32000):
+            config, tensors = small_llama(layers=1)
+            for name in ("model.embed_tokens.weight", "lm_head.weight"):
+                tensors[name] = ("F32", [rows, 8], bytes(4 * rows * 8))
+            path = folder(dict(config, vocab_size=rows), {"model.safetensors": tensors})
+            status, err = call("model", path, os.path.join(os.path.dirname(path), "out.bin"))
+            with self.subTest(rows=rows):
+                if rows > 307 * 4 / 3:
+                    self.refused(path, "307 tokens, but the model's vocabulary has %d" % rows)
+                else:
+                    self.assertEqual(status, 0, err)
+                    self.assertEqual("%d rows" % (rows - 307) in err, rows > 307, err)
 
     def test_tensors(self):
         config, t = small_llama()
@@ -1241,6 +1257,7 @@ class Writing(Case):
                                 data_offsets=[at, at + size])
             at += size
         path = folder(dict(config, vocab_size=rows), {"model.safetensors": joined(header, b"")})
+        os.remove(os.path.join(path, "tokenizer.model"))    # too small for so many rows
         file = os.path.join(path, "model.safetensors")
         os.truncate(file, os.path.getsize(file) + at)
         out = os.path.join(os.path.dirname(path), "out.bin")
@@ -1297,6 +1314,17 @@ class Writing(Case):
                 self.assertEqual((status, err.count("\n")), (1, 1), err)
                 self.assertTrue(err.startswith("export.py: "), err)
         self.intact(out)
+
+    def test_names_of_tasks(self):
+        """GLUE's names, the harness's and ours."""
+        for name, kept in (("mnli_matched", "mnli"), ("MNLI-m", "mnli"), ("mnli_mismatched", "mnli_mm"),
+                           ("MNLI-mm", "mnli_mm"), ("STS-B", "stsb"), ("CoLA", "cola")):
+            file = {"stsb": "stsb_dev", "cola": "cola_dev"}.get(kept, "mnli_dev_matched")
+            out = os.path.join(common.scratch(), "named.tsv")
+            status, err = call("task", name, os.path.join(common.TESTS, "tasks", file + ".tsv"), out)
+            self.assertEqual(status, 0, err)
+            with open(out, encoding="utf-8") as f:
+                self.assertIn("name=%s\t" % kept, f.readline())
 
     def test_summary(self):
         path, out = self.source()
