@@ -51,6 +51,55 @@ class CommandLine(unittest.TestCase):
                 with self.subTest(words):
                     self.assertIn(said, common.refused(*words))
 
+    def test_one_at_a_time(self):
+        """Of two commands, or two choices of layers, none is dropped in silence."""
+        model, bert = common.model("llama_gqa"), common.model("bert_two")
+        for words, flags in (
+                (["--eval", "t", "--prompt", "a"], ("--eval", "--prompt")),
+                (["--cosine", "t", "--eval", "t"], ("--cosine", "--eval")),
+                (["--cosine", "t", "--prompt", "a"], ("--cosine", "--prompt")),
+                (["--report", "f", "--eval", "t"], ("--report", "--eval")),
+                (["--info", "--show"], ("--info", "--show")),
+                (["--prompt", "a", "--prompt", "b"], ("--prompt",)),
+                (["--eval", "t", "--sweep", "skip", "--path", "0"], ("--sweep", "--path")),
+                (["--eval", "t", "--sweep", "skip", "--skip", "1"], ("--sweep", "--skip")),
+                (["--report", "f", "--skip", "9"], ("--skip",)), (["--info", "--drop", "1"], ("--drop",)),
+                (["--report", "f"], ("--report", "model")), (["--layers", "3", "--show"], ("--layers",)),
+                (["--prompt", "a", "--strength", "5"], ("--strength",)),
+                (["--prompt", "a", "--head", "x"], ("--head",)),
+                (["--eval", "t", "--head", "x"], ("--head",)),
+                (["--prompt", "a", "--top-p", "0.5"], ("--top-p", "--temperature")),
+                (["--info", "--temperature", "1"], ("--temperature", "--prompt")),
+                (["--prompt", "a", "--svg", "f.svg"], ("--svg",))):
+            with self.subTest(words):
+                said = common.refused(model, *words)
+                for flag in flags:
+                    self.assertIn(flag, said)
+        self.assertIn("classifiers", common.refused(model, "--eval", "t", "--head", "x"))
+        common.run(bert, "--cosine", "--prompt", "the")
+
+    def test_a_value_is_no_flag(self):
+        model = common.model("llama_gqa")
+        for words, said in ((["--out", "--quiet"], "--out: a value is missing"),
+                            (["--skip", "--show"], "--skip: a value is missing"),
+                            (["--eval", "-t"], "--eval: a value is missing"),
+                            (["-x"], "-x: no such flag"), (["-p", "a"], "-p: no such flag")):
+            self.assertIn(said, common.refused(model, *words))
+        self.assertEqual(common.run("-h"), common.run("--help"))
+        out = common.run(model, "--prompt", "--quiet", "--tokens", "1")     # a text may be anything
+        self.assertEqual(out[:7], b"--quiet")
+
+    def test_what_is_said(self):
+        self.assertIn("cannot be opened", common.refused("/nowhere/m.bin", "--info"))
+        said = common.refused(common.model("bert_mlm"), "--prompt", "the " * 99 + "[MASK]")
+        self.assertIn("shorten it", said)
+        self.assertNotIn("--bos", said)
+        self.assertRegex(common.run(common.model("bert_mlm"), "--info"),
+                         rb"WordPiece, (\d+) tokens; vocabulary \1,")
+        masks = b"".join(common.run(common.model("bert_mlm"), "--prompt", text + " [MASK] [MASK]")
+                         for text in ("the", "a", "of the", "cat", ""))
+        self.assertIn(b"  ##", masks)       # as transformers writes the pieces that go on
+
     def test_shards(self):
         for shard in ("0/2", "3/2", "1", "a/b", "1/0", "1/2/3"):
             with self.subTest(shard):
@@ -68,7 +117,10 @@ class CommandLine(unittest.TestCase):
         one = common.run(*words, "--sample-seed", "1")
         self.assertEqual(one, common.run(*words, "--sample-seed", "1"))
         self.assertNotEqual(one, common.run(*words, "--sample-seed", "2"))
-        self.assertEqual(common.run(*words[:-2]), common.run(*words, "--top-p", "1e-9"))
+        greedy = common.run(*words[:-2])
+        self.assertEqual(greedy, common.run(*words, "--top-p", "1e-9"))
+        for tiny in ("1e-300", "1e-40"):
+            self.assertEqual(greedy, common.run(*words[:-1], tiny))
 
     def test_output_closed_or_full(self):
         if os.path.exists("/dev/full"):
@@ -168,6 +220,28 @@ class HostileModel(unittest.TestCase):
             with self.subTest(at=at):
                 self.assertEqual(self.offer(data, sign=False)[0], 1)     # the checksum sees it
                 self.offer(data)                                         # and without its help
+
+    def test_the_tokenizer_of_a_smaller_model(self):
+        """Rows that pad a vocabulary are plain; a vocabulary of which most has no token is not."""
+        with open(common.model("llama_mha"), "rb") as f:
+            good = f.read()
+        old = struct.unpack_from("<I", good, 84)[0]
+        entry = good.index(struct.pack("<56s", b"embed"))
+        offset, length = struct.unpack_from("<QQ", good, entry + 80)
+        for rows, status in ((old + 1024, 0), (old + 1025, 1)):
+            more = (length // old * rows + 63) // 64 * 64 - (length + 63) // 64 * 64
+            data = bytearray(good[:offset + length] + bytes(more) + good[offset + length:])
+            struct.pack_into("<Q", data, 16, len(data))
+            struct.pack_into("<I", data, 84, rows)
+            struct.pack_into("<QQQQ", data, entry + 64, rows, struct.unpack_from("<Q", good, entry + 72)[0],
+                             offset, length // old * rows)
+            for at in range(192, 192 + 96 * struct.unpack_from("<I", good, 36)[0], 96):
+                if at != entry:
+                    place = struct.unpack_from("<Q", good, at + 80)[0]
+                    struct.pack_into("<Q", data, at + 80, place + (more if place > offset else 0))
+            found, said = self.offer(data)
+            self.assertEqual(found, status, said)
+        self.assertIn("%d tokens, the model %d" % (old, old + 1025), said)
 
     def test_checksum_is_needed(self):
         data = bytearray(self.good)

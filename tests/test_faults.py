@@ -3,6 +3,7 @@ inputs that nobody would write."""
 import os
 import resource
 import signal
+import stat
 import subprocess
 import time
 import unittest
@@ -35,7 +36,13 @@ class Memory(unittest.TestCase):
                 if done.returncode == 127 or "shared librar" in done.stderr:
                     self.skipTest("the program itself does not fit")
                 self.assertEqual(done.returncode, 1, done.stderr)
-                self.assertRegex(done.stderr, r"\Apainters: [^\n]*(do not fit|can be mapped)[^\n]*\n\Z")
+                self.assertRegex(done.stderr, r"\Apainters: [^\n]*do not fit[^\n]*\n\Z")
+        hole = os.path.join(common.scratch(), "hole.bin")
+        with open(hole, "wb") as f:
+            f.truncate(1 << 30)
+        done = subprocess.run([common.painters(), hole, "--info"], capture_output=True, text=True,
+                              preexec_fn=limit(200), check=False)
+        self.assertRegex(done.stderr, r"hole.bin: its 1073741824 bytes do not fit into memory")
 
     def test_file_justifies_memory(self):
         """A small file cannot ask for much memory: refused, or run in 200 MB."""
@@ -68,6 +75,62 @@ class Outputs(unittest.TestCase):
                 error = common.execute(self.model, "--eval", self.task, "--sweep", "skip", flag,
                                        "/nowhere/x.svg")[2]
                 self.assertIn("/nowhere/x.svg", error.splitlines()[-1])
+
+    def test_no_output_on_a_file_in_use(self):
+        """Neither what is read nor another output is overwritten, whatever name it is called by."""
+        link, paths, out = (os.path.join(common.scratch(), name)
+                            for name in ("link.svg", "paths.txt", "in-use.out"))
+        with open(paths, "w", encoding="utf-8") as f:
+            f.write("0-5\n")
+        evaluate = [self.model, "--eval", self.task, "--limit", "2", "--sweep"]
+        common.run(*evaluate, "skip", "--out", out)
+        for target, *command in (
+                (self.model, *evaluate, "skip", "--log"), (self.model, *evaluate, "skip", "--svg"),
+                (self.task, *evaluate, "skip", "--log"), (self.task, *evaluate, "skip", "--out"),
+                (paths, *evaluate, "path:" + paths, "--log"),
+                (out, *evaluate, "skip", "--out", out, "--log"), (out, "--report", out, "--svg"),
+                (self.model, self.model, "--cosine", "--prompt", "b", "--svg"),
+                (self.model, self.model, "--quantize")):
+            os.link(target, link)
+            with open(target, "rb") as f:
+                before = f.read()
+            with self.subTest(target=target, flag=command[-1]):
+                status, _, error = common.execute(*command, link, "--quiet")
+                self.assertEqual(status, 1, error)
+                self.assertRegex(error, r"\Apainters: %s: is a file that this run uses.*\n\Z" % link)
+                with open(target, "rb") as f:
+                    self.assertTrue(f.read().startswith(before))    # --out has added a heading
+            os.remove(link)
+
+    @unittest.skipUnless(FULL, "no /dev/full")
+    def test_devices_stay(self):
+        """A device is written as it stands there; no file takes its name."""
+        for name, status in (("/dev/full", 1), ("/dev/null", 0)):
+            words = [self.model, "--eval", self.task, "--sweep", "skip"]
+            for command in ([self.model, "--quantize", name], [*words, "--out", name],
+                            [*words, "--log", name], [self.model, "--cosine", "--prompt", "b", "--svg", name]):
+                with self.subTest(command=command[1:]):
+                    found, _, error = common.execute(*command, "--quiet")
+                    self.assertEqual(found, status, error)
+                    self.assertEqual(name in error, status == 1)
+                    self.assertTrue(stat.S_ISCHR(os.stat(name).st_mode))
+
+    def test_the_log_of_a_continued_run_goes_on(self):
+        out, log = (os.path.join(common.scratch(), "goes-on." + end) for end in ("out", "log"))
+        for limit in ("2", "5"):
+            common.run(self.model, "--eval", self.task, "--limit", limit, "--out", out, "--log", log)
+        with open(log, encoding="utf-8") as f:
+            lines = f.read().splitlines()
+        self.assertEqual([line.split("\t")[2] for line in lines if line[0] != "#"], list("01234"))
+
+    def test_a_file_over_the_limit_is_an_error(self):
+        out = os.path.join(common.scratch(), "limited.bin")
+        done = subprocess.run(
+            [common.painters(), self.model, "--quantize", out], capture_output=True, text=True, check=False,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)))
+        self.assertEqual(done.returncode, 1, done.stderr)
+        self.assertIn("limited.bin: cannot be written", done.stderr)
+        self.assertFalse(os.path.exists(out + ".tmp"))
 
     def test_closed_early(self):
         """`| head -1`: the reader's pipe closes; the run ends at once and does not hang."""
