@@ -130,19 +130,54 @@ class CommandLine(unittest.TestCase):
             self.assertEqual(done.returncode, 1)
             self.assertIn(b"cannot be written", done.stderr)
 
+    def embedding(self, code, name):
+        """Compiles a program that includes painters.c; returns it."""
+        folder = common.scratch()
+        source, program = os.path.join(folder, name + ".c"), os.path.join(folder, name)
+        with open(source, "w", encoding="utf-8") as f:
+            f.write(code)
+        compiler = os.environ.get("CC", "cc").split()
+        subprocess.run([*compiler, "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-I", common.ROOT,
+                        source, "-o", program, "-lm"], check=True)
+        return program
+
     def test_readme_example(self):
         with open(os.path.join(common.ROOT, "README.md"), encoding="utf-8") as f:
             code = re.search(r"```c\n(.*?)```", f.read(), re.S).group(1)
         self.assertLessEqual(len(code.strip().splitlines()), 22)
-        folder = common.scratch()
-        with open(os.path.join(folder, "example.c"), "w", encoding="utf-8") as f:
-            f.write(code.replace("model.bin", common.model("llama_gqa")))
-        compiler = os.environ.get("CC", "cc").split()
-        program = os.path.join(folder, "example")
-        subprocess.run([*compiler, "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-I", common.ROOT,
-                        os.path.join(folder, "example.c"), "-o", program, "-lm"], check=True)
+        program = self.embedding(code.replace("model.bin", common.model("llama_gqa")), "example")
         out = subprocess.run([program], check=True, capture_output=True).stdout
         self.assertTrue(float(out))
+
+    def test_an_embedding_program_cannot_overrun(self):
+        program = self.embedding("""#define PAINTERS_NO_MAIN
+            #include "painters.c"
+            int main(int argc, char **argv) {
+                Session *s = session_new(model_load(argv[argc - 3]));
+                int q = sequence_new(s, -1, 10, 1);
+                for (int i = 0; i < atoi(argv[2]); i++) batch_add(s, q, 5, atoi(argv[3]));
+            }""", "overrun")
+        for name, tokens, segment, said in (("llama_gqa", "17", "0", "room for 16 tokens"),
+                                            ("llama_gqa", "16", "9", ""), ("bert_mlm", "1", "1", ""),
+                                            ("bert_mlm", "1", "2", "segment 2 is out of range"),
+                                            ("bert_mlm", "1", "-1", "segment -1 is out of range")):
+            done = subprocess.run([program, common.model(name), tokens, segment], check=False,
+                                  capture_output=True, text=True)
+            with self.subTest(name, tokens=tokens, segment=segment):
+                self.assertEqual(done.returncode, 1 if said else 0, done.stderr)
+                self.assertIn(said, done.stderr)
+
+    def test_results_belong_to_settings(self):
+        """To name the only classifier is no other setting; other kernels are."""
+        folder = common.scratch()
+        task, out = os.path.join(folder, "settings.tsv"), os.path.join(folder, "settings.out")
+        with open(task, "w", encoding="utf-8") as f:
+            f.write("#painters-task\t1\tname=t\tkind=classify\tmetrics=acc\tlabels=LABEL_0|LABEL_1\n"
+                    "0\tthe cat\n1\tthe\n")
+        words = [common.model("bert_two"), "--eval", task, "--out", out, "--kernels"]
+        whole = common.run(*words, "generic")
+        self.assertEqual(common.run(*words, "generic", "--head", "classifier"), whole)
+        self.assertIn("other settings", common.refused(*words, "plain"))
 
 
 class HostileModel(unittest.TestCase):
