@@ -173,19 +173,19 @@ static void use_file(const char *path) {
     used.path[used.n++] = copy_string(path);
 }
 
-// Dies where a file that this run has read or written would be lost. Returns whether a new file may
-// take the name: what is there and is no file, a device or a pipe, can only be written as it is.
-static bool check_output(const char *path) {
+// Dies where an output would take the place of a device or a pipe, or of a file that this run has
+// read or written, whatever name it is called by.
+static void check_output(const char *path) {
     struct stat info, other;
-    bool there = !stat(path, &info), file = there && S_ISREG(info.st_mode);
-    for (int64_t i = 0; i < used.n && file; i++) {
+    if (stat(path, &info) || S_ISDIR(info.st_mode)) return;     // figures can go into a folder
+    if (!S_ISREG(info.st_mode)) die("%s: is no regular file; choose another place", path);
+    for (int64_t i = 0; i < used.n; i++) {
         const char *name = used.path[i];
         bool same = info.st_ino && !stat(name, &other) && info.st_dev == other.st_dev &&
                     info.st_ino == other.st_ino;        // on Windows, where it is 0, names tell
         if (!same && strcmp(path, name)) continue;
         die("%s: is a file that this run uses, %s; choose another place", path, name);
     }
-    return file || !there;
 }
 
 // Opens a file to write. All outputs are opened here.
@@ -2085,15 +2085,15 @@ static char *quantize(const Tensor *w, double *error) {
 }
 
 // Writes the model to `path` with every matrix in 8 bits and all else as it is, and prints what
-// each lost. A file grows under another name and takes its own at the end.
+// each lost. The file grows under another name and takes its own at the end.
 static void model_quantize(const Model *m, const char *path) {
     int64_t header_bytes = read_i64(m->file + 24), end = header_bytes;
     unsigned char *header = allocate(header_bytes, 1, "header");
     memcpy(header, m->file, (size_t)header_bytes);
-    bool moves = check_output(path);
-    Text growing = {0};
-    text_printf(&growing, "%s%s", path, moves ? ".tmp" : "");
-    FILE *f = open_output(growing.s, "wb");
+    Text aside = {0};
+    check_output(path);
+    text_printf(&aside, "%s.tmp", path);
+    FILE *f = open_output(aside.s, "wb");
     fwrite(header, 1, (size_t)header_bytes, f);         // keeps the place of what it becomes
     printf("%-24s %8s x %-8s  relative error\n", "matrix", "rows", "columns");
     const char *bad = NULL;
@@ -2122,9 +2122,9 @@ static void model_quantize(const Model *m, const char *path) {
     uint32_t checksum = header_checksum(header, header_bytes);
     memcpy(header + 32, &checksum, sizeof checksum);
     bool good = !fseek(f, 0, SEEK_SET) && fwrite(header, 1, (size_t)header_bytes, f) && !ferror(f);
-    if (fclose(f) || !good || bad || (moves && rename(growing.s, path))) {
+    if (fclose(f) || !good || bad || rename(aside.s, path)) {
         int reason = errno;
-        if (moves) remove(growing.s);
+        remove(aside.s);
         if (bad) die("%s: tensor %s: has weights that are not numbers of 8 bits; leave it as it is",
                      m->path, bad);
         die("%s: cannot be written: %s; free space or choose another place", path,
@@ -4900,6 +4900,7 @@ static Report store_report(const Store *st) {
 static void show_results(const Store *st, const char *svg) {
     Report report = store_report(st);
     if (!report.n) die("no results to show");
+    if (svg) check_output(svg);
     print_rows(stdout, report.rows, report.n);
     if (st->n_wanted > 1) {
         report_summary(stdout, &report);
@@ -5075,6 +5076,7 @@ static void cosine(Session *s, const Schedule *schedule) {
     Task *t = *options.cosine ? task_load(options.cosine) : allocate(1, sizeof *t, "task");
     Text heading = {0};
     int n;
+    if (options.svg) check_output(options.svg);
     if (*options.cosine) {
         check_task(t, m);
         for (int64_t i = 0; i < t->n_items && (options.limit < 0 || i < options.limit); i++) {

@@ -75,58 +75,6 @@ class Outputs(unittest.TestCase):
                                        "/nowhere/x.svg")[2]
                 self.assertIn("/nowhere/x.svg", error.splitlines()[-1])
 
-    def test_no_output_on_a_file_in_use(self):
-        """Neither what is read nor another output is overwritten, whatever name it is called by."""
-        link, paths, out = (os.path.join(common.scratch(), name)
-                            for name in ("link.svg", "paths.txt", "in-use.out"))
-        with open(paths, "w", encoding="utf-8") as f:
-            f.write("0-5\n")
-        evaluate = [self.model, "--eval", self.task, "--limit", "2", "--sweep"]
-        common.run(*evaluate, "skip", "--out", out)
-        for target, *command in (
-                (self.model, *evaluate, "skip", "--log"), (self.model, *evaluate, "skip", "--svg"),
-                (self.task, *evaluate, "skip", "--log"), (self.task, *evaluate, "skip", "--out"),
-                (paths, *evaluate, "path:" + paths, "--log"),
-                (out, *evaluate, "skip", "--out", out, "--log"), (out, "--report", out, "--svg"),
-                (self.model, self.model, "--cosine", "--prompt", "b", "--svg"),
-                (self.model, self.model, "--quantize")):
-            os.link(target, link)
-            with open(target, "rb") as f:
-                before = f.read()
-            with self.subTest(target=target, flag=command[-1]):
-                status, printed, error = common.execute(*command, link, "--quiet")
-                self.assertEqual(status, 1, error)
-                if "--eval" in command:
-                    self.assertEqual(printed, b"")      # said before the work, not behind it
-                self.assertRegex(error, r"\Apainters: %s: is a file that this run uses.*\n\Z" % link)
-                with open(target, "rb") as f:
-                    self.assertTrue(f.read().startswith(before))    # --out has added a heading
-            os.remove(link)
-
-    @unittest.skipUnless(FULL, "no /dev/full")
-    def test_devices_stay(self):
-        """A device is written as it stands there; no file takes its name. (That of a link, lest a
-        mistake takes the machine's own devices when root runs this.)"""
-        for device, status in (("/dev/full", 1), ("/dev/null", 0)):
-            name = os.path.join(common.scratch(), os.path.basename(device))
-            os.symlink(device, name)
-            words = [self.model, "--eval", self.task, "--sweep", "skip"]
-            for command in ([self.model, "--quantize", name], [*words, "--out", name],
-                            [*words, "--log", name], [self.model, "--cosine", "--prompt", "b", "--svg", name]):
-                with self.subTest(command=command[1:]):
-                    found, _, error = common.execute(*command, "--quiet")
-                    self.assertEqual(found, status, error)
-                    self.assertEqual(name in error, status == 1)
-                    self.assertTrue(os.path.islink(name))
-
-    def test_the_log_of_a_continued_run_goes_on(self):
-        out, log = (os.path.join(common.scratch(), "goes-on." + end) for end in ("out", "log"))
-        for limit in ("2", "5"):
-            common.run(self.model, "--eval", self.task, "--limit", limit, "--out", out, "--log", log)
-        with open(log, encoding="utf-8") as f:
-            lines = f.read().splitlines()
-        self.assertEqual([line.split("\t")[2] for line in lines if line[0] != "#"], list("01234"))
-
     def test_a_file_over_the_limit_is_an_error(self):
         out = os.path.join(common.scratch(), "limited.bin")
         done = subprocess.run(
