@@ -5281,9 +5281,9 @@ static void parse_arguments(int argc, char **argv) {
         else if (f.type != WORDS) take_number(&f, argv[++i]);
         if (f.target == &options.argument) options.argument_flag = f.name;
         if (f.target == &options.start) options.method = &interventions[(at - N_FLAGS) / 2];
-        bool free = group == HOW || f.target == &options.argument ||
-                    (f.type == OPTIONAL && !file) || (f.type == WORDS && chosen[group] == f.name);
-        if (free) continue;
+        bool alone = group != HOW && f.target != &options.argument &&
+                     (f.type != OPTIONAL || file) && (f.type != WORDS || chosen[group] != f.name);
+        if (!alone) continue;
         if (chosen[group]) die("%s: --%s is given too; one at a time", word, chosen[group]);
         chosen[group] = f.name;
     }
