@@ -159,8 +159,47 @@ static char *copy_string(const char *s) {
     return strcpy(allocate((int64_t)strlen(s) + 1, 1, "text"), s);
 }
 
+// The files that this run has read or written, so that no output takes the place of one.
+static struct {
+    char **path;
+    int64_t n, capacity;
+} used;
+
+static void use_file(const char *path) {
+    for (int64_t i = 0; i < used.n; i++) {
+        if (!strcmp(used.path[i], path)) return;
+    }
+    used.path = grow(used.path, &used.capacity, used.n + 1, sizeof *used.path, "names of files");
+    used.path[used.n++] = copy_string(path);
+}
+
+// Dies where an output would take the place of a device or a pipe, or of a file that this run has
+// read or written, whatever name it is called by.
+static void check_output(const char *path) {
+    struct stat info, other;
+    if (stat(path, &info) || S_ISDIR(info.st_mode)) return;     // figures can go into a folder
+    if (!S_ISREG(info.st_mode)) die("%s: is no regular file; choose another place", path);
+    for (int64_t i = 0; i < used.n; i++) {
+        const char *name = used.path[i];
+        bool same = info.st_ino && !stat(name, &other) && info.st_dev == other.st_dev &&
+                    info.st_ino == other.st_ino;        // on Windows, where it is 0, names tell
+        if (!same && strcmp(path, name)) continue;
+        die("%s: is a file that this run uses, %s; choose another place", path, name);
+    }
+}
+
+// Opens a file to write. All outputs are opened here.
+static FILE *open_output(const char *path, const char *mode) {
+    check_output(path);
+    FILE *f = fopen(path, mode);
+    if (!f) die("%s: cannot be written: %s; choose another place", path, strerror(errno));
+    use_file(path);
+    return f;
+}
+
 // The whole of a file, with a NUL behind it; *bytes gets its length.
 static char *read_file(const char *path, int64_t *bytes) {
+    use_file(path);
     FILE *f = fopen(path, "rb");
     if (!f) die("%s: cannot be opened: %s; check the path", path, strerror(errno));
     Text t = {0};
@@ -522,15 +561,18 @@ static void model_map(Model *m) {
     m->file = (unsigned char *)read_file(m->path, &m->bytes);
 #else
     struct stat info;
-    void *p = MAP_FAILED;
     int fd = open(m->path, O_RDONLY);
-    if (fd >= 0 && !fstat(fd, &info)) {
-        m->bytes = info.st_size;
-        p = mmap(NULL, (size_t)m->bytes, PROT_READ, MAP_SHARED, fd, 0);
+    if (fd < 0 || fstat(fd, &info)) {
+        die("%s: cannot be opened: %s; check the path", m->path, strerror(errno));
     }
+    m->bytes = S_ISREG(info.st_mode) ? info.st_size : 0;
+    if (!m->bytes) die("%s: is no regular file, or an empty one; name a model", m->path);
+    void *p = mmap(NULL, (size_t)m->bytes, PROT_READ, MAP_SHARED, fd, 0);
     if (p == MAP_FAILED) {
-        die("%s: no regular file that can be mapped: %s; name a model", m->path, strerror(errno));
+        die("%s: its %lld bytes do not fit into memory: %s; allow this program more of it", m->path,
+            (long long)m->bytes, strerror(errno));
     }
+    use_file(m->path);
     m->file = p;
     close(fd);
 #endif
@@ -1733,6 +1775,13 @@ static void batch_add(Session *s, int sequence, int token, int segment) {
     if (q->end >= m->max_length) {
         die("the text is longer than the model's context of %d tokens; shorten it", m->max_length);
     }
+    if (q->end - q->start >= q->capacity) {
+        die("sequence %d is full: it has room for %lld tokens; give it more", sequence,
+            (long long)q->capacity);
+    }
+    if (m->arch == BERT && (segment < 0 || segment >= m->n_segments)) {
+        die("segment %d is out of range; the model knows 0 to %d", segment, m->n_segments - 1);
+    }
     b->tokens = grow(b->tokens, &b->row_capacity, b->n_rows + 1, sizeof *b->tokens, "batch");
     b->first = grow(b->first, &b->run_capacity, b->n_runs + 2, sizeof *b->first, "batch");
     bool goes_on = b->n_rows && b->tokens[b->n_rows - 1].sequence == sequence &&
@@ -2077,9 +2126,9 @@ static void model_quantize(const Model *m, const char *path) {
     unsigned char *header = allocate(header_bytes, 1, "header");
     memcpy(header, m->file, (size_t)header_bytes);
     Text aside = {0};
+    check_output(path);
     text_printf(&aside, "%s.tmp", path);
-    FILE *f = fopen(aside.s, "wb");
-    if (!f) die("%s: cannot be written: %s; choose another place", path, strerror(errno));
+    FILE *f = open_output(aside.s, "wb");
     fwrite(header, 1, (size_t)header_bytes, f);         // keeps the place of what it becomes
     printf("%-24s %8s x %-8s  relative error\n", "matrix", "rows", "columns");
     const char *bad = NULL;
@@ -2536,7 +2585,8 @@ static void encode(const Tokenizer *t, const char *text, int64_t bytes, Ids *out
 
 // Appends the text of one token as it continues the token `previous` (-1: it starts a text).
 // SentencePiece: control tokens give nothing, byte tokens their byte, and the space that was put
-// before the text is dropped again. WordPiece: a space comes before all but "##" pieces.
+// before the text is dropped again. WordPiece: a space comes before all but "##" pieces, which keep
+// their mark at the start of a text.
 static void decode(const Tokenizer *t, int previous, int id, Text *out) {
     if (id < 0 || id >= t->n_tokens) return;
     const Piece *p = &t->piece[id];
@@ -2544,8 +2594,9 @@ static void decode(const Tokenizer *t, int previous, int id, Text *out) {
     bool first = previous < 0 || (sentencepiece && (previous >= t->n_tokens
                || t->piece[previous].type == PIECE_CONTROL));
     const char *mark = sentencepiece ? WORD_SPACE : "##";
-    int at = p->length > 2 && !memcmp(p->text, mark, strlen(mark)) ? (int)strlen(mark) : 0;
-    if ((at > 0) == sentencepiece && !first) text_add(out, " ", 1);
+    bool marked = p->length > 2 && !memcmp(p->text, mark, strlen(mark));
+    int at = marked && (sentencepiece || !first) ? (int)strlen(mark) : 0;
+    if (marked == sentencepiece && !first) text_add(out, " ", 1);
     for (int n; at < p->length; at += n) {
         bool space = sentencepiece && p->length - at >= 3 && !memcmp(p->text + at, WORD_SPACE, 3);
         n = space ? 3 : 1;
@@ -2569,6 +2620,8 @@ static struct {
 } options = {.layers = -1, .limit = -1, .batch = 2048, .tokens = 256, .top_p = 1, .strength = 1,
              .part = 1, .n_parts = 1};
 
+enum { MOST_PADDING = 1024 };   // rows of a vocabulary that round it up and have no token
+
 // Opens a model file. Dies where the file is not what it should be. The embedding API is this,
 // encode() and decode(), session_new(), sequence_new(), batch_add(), forward(), logits(),
 // batch_commit(), session_free() and model_free(): README.md has an example.
@@ -2581,6 +2634,11 @@ static Model *model_load(const char *path) {
     model_weights(m);
     const unsigned char *f = m->file;
     if (m->tokenizer_kind) tokenizer_load(m, f + read_i64(f + 48), read_i64(f + 56));
+    int known = m->tokenizer ? m->tokenizer->n_tokens : m->vocab_size;
+    if (m->vocab_size - known > MOST_PADDING) {
+        die("%s: the tokenizer knows %d tokens, the model %d; export it again with its own "
+            "--tokenizer", path, known, m->vocab_size);
+    }
     return m;
 }
 
@@ -2619,9 +2677,10 @@ static int by_probability(const void *a, const void *b) {
 static double rank_tokens(Candidate *c, const float *z, int n, double temperature) {
     int best;
     double sum = 0;
+    float divisor = fmaxf((float)temperature, FLT_MIN);
     log_softmax_at(z, n, 0, &best);
     for (int i = 0; i < n; i++) {
-        c[i] = (Candidate){expf((z[i] - z[best]) / (float)temperature), i};
+        c[i] = (Candidate){expf((z[i] - z[best]) / divisor), i};
         sum += c[i].p;
     }
     qsort(c, (size_t)n, sizeof *c, by_probability);
@@ -2657,9 +2716,10 @@ static Ids prompt_ids(const Model *m, const char *prompt, bool bos) {
     if ((bos || m->arch == BERT) && m->bos >= 0) ids_push(&ids, m->bos);
     encode(need_tokenizer(m), prompt, (int64_t)strlen(prompt), &ids);
     if (m->arch == BERT && m->eos >= 0) ids_push(&ids, m->eos);
-    if (!ids.n || ids.n > m->max_length) {
-        die("--prompt: %lld tokens, the model's context takes 1 to %d; change it, or use --bos",
-            (long long)ids.n, m->max_length);
+    if (!ids.n) die("--prompt: no tokens; give some text, or --bos");
+    if (ids.n > m->max_length) {
+        die("--prompt: %lld tokens, the model's context takes %d; shorten it", (long long)ids.n,
+            m->max_length);
     }
     return ids;
 }
@@ -3751,16 +3811,10 @@ static int64_t store_read(Store *st, const char *path) {
     return at - text;
 }
 
-static FILE *open_written(const char *path, const char *mode) {
-    FILE *f = fopen(path, mode);
-    if (!f) die("%s: cannot be written: %s; choose another place", path, strerror(errno));
-    return f;
-}
-
 // Opens --out: reads what is there, cuts off a line that a kill left unfinished, and adds the lines
 // that say what follows.
 static void store_open(Store *st) {
-    st->out = open_written(options.out, "ab");
+    st->out = open_output(options.out, "ab");
     fseek(st->out, 0, SEEK_END);
     int64_t length = ftell(st->out), whole = length > 0 ? store_read(st, options.out) : 0;
     if (whole < length && ftruncate(fileno(st->out), whole)) {
@@ -4635,7 +4689,7 @@ static void write_svg(const char *path, const Figure *g) {
     if (heat) svg_cells(&t, g, size, right, bottom);
     else svg_lines(&t, g, dx);
     text_printf(&t, "</svg>\n");
-    FILE *f = open_written(path, "wb");
+    FILE *f = open_output(path, "wb");
     fwrite(t.s, 1, (size_t)t.n, f);
     close_written(f, path);
 }
@@ -4881,6 +4935,7 @@ static Report store_report(const Store *st) {
 static void show_results(const Store *st, const char *svg) {
     Report report = store_report(st);
     if (!report.n) die("no results to show");
+    if (svg) check_output(svg);
     print_rows(stdout, report.rows, report.n);
     if (st->n_wanted > 1) {
         report_summary(stdout, &report);
@@ -4954,11 +5009,12 @@ static void begin_results(Evaluation *e, Schedule schedule) {
     Store *st = &e->store;
     Text id = {0};
     text_printf(&id, "#painters-results\t1\tmodel=%016llx\tfamily=%s\tlayers=%d\tbos=%s\tkv=%s\t"
-                "head=%s",
+                "head=%s\tkernels=%s",
                 options.out ? (unsigned long long)hash_bytes(m->file, m->bytes) : 0,
                 m->arch == LLAMA ? "llama" : "bert", m->n_layers,
                 m->arch == BERT ? "-" : options.bos ? "bos" : "no-bos",
-                e->s->kv_mean ? "mean" : "exact", options.head ? options.head : "-");
+                e->s->kv_mean ? "mean" : "exact",
+                options.head && m->n_heads_named > 1 ? options.head : "-", kernels_name());
     store_identity(st, id.s);
     if (options.probe) e->train = task_load(options.probe);
     if (e->train) check_task(e->train, m);
@@ -4995,9 +5051,10 @@ static void evaluate(Session *s, Schedule schedule) {
     e.row_at = allocate(s->model->max_length + 1, sizeof *e.row_at, "rows of a text");
     begin_results(&e, schedule);
     if (options.log) {
-        e.log = open_written(options.log, "w");
+        e.log = open_output(options.log, out ? "ab" : "wb");     // a continued run's log goes on
         fputs("#task\tschedule\titem\tstate (2: cut)\tkept values\tscores or text\n", e.log);
     }
+    if (options.svg) check_output(options.svg);
     farewell = quiet ? "" : out ? "\nstopped; the same command goes on from there\n"
                                 : "\nstopped; with --out FILE a run can be continued\n";
     signal(SIGINT, on_interrupt);
@@ -5054,6 +5111,7 @@ static void cosine(Session *s, const Schedule *schedule) {
     Task *t = *options.cosine ? task_load(options.cosine) : allocate(1, sizeof *t, "task");
     Text heading = {0};
     int n;
+    if (options.svg) check_output(options.svg);
     if (*options.cosine) {
         check_task(t, m);
         for (int64_t i = 0; i < t->n_items && (options.limit < 0 || i < options.limit); i++) {
@@ -5119,8 +5177,9 @@ static void print_info(const Model *m) {
         printf("parts         encoder%s%s\n", m->has_pooler ? ", pooler" : "",
                m->has_mlm ? ", masked-LM head" : "");
     }
-    printf("tokenizer     %s; vocabulary %d, bos %d, eos %d; context %d tokens\n",
-           tokenizers[m->tokenizer_kind], m->vocab_size, m->bos, m->eos, m->max_length);
+    printf("tokenizer     %s, %d tokens; vocabulary %d, bos %d, eos %d; context %d tokens\n",
+           tokenizers[m->tokenizer_kind], m->tokenizer ? m->tokenizer->n_tokens : 0, m->vocab_size,
+           m->bos, m->eos, m->max_length);
     printf("weights       %.1f million in %d tensors:", (double)weights / 1e6, m->n_tensors);
     for (int t = 0; t < N_TYPES; t++) {
         if (count[t]) printf(" %lld %s", (long long)count[t], type_names[t]);
@@ -5133,7 +5192,9 @@ static void print_info(const Model *m) {
 }
 
 // To add a flag: a field in `options` (section 6), a row here, and its use. The type says what the
-// value is. The interventions of section 1 and their second numbers are flags too.
+// value is. The interventions of section 1 and their second numbers are flags too. A run takes one
+// flag of those under the first heading and of those under the last, and any of the others.
+enum { WHAT, HOW, WHICH_LAYERS, N_GROUPS };
 enum { HEADING, SWITCH, OPTIONAL, WORD, WORDS, INTEGER, NUMBER };
 enum { MOST_THREADS = 1024 };
 typedef struct {
@@ -5148,16 +5209,15 @@ static const Flag flags[] = {
     {"What", "", HEADING, NULL, 0, 0, ""},
     {"prompt", "TEXT", WORD, &options.prompt, 0, 0, "Llama: continue TEXT; BERT: fill its [MASK]s"},
     {"eval", "TASK.tsv ...", WORDS, &options.evals, 0, 0, "score task files"},
-    {"sweep", "LIST", WORD, &options.sweep, 0, 0, "many schedules, as in skip,random:10,loop:1-8"},
-    {"probe", "TRAIN.tsv", WORD, &options.probe, 0, 0, "BERT: fit a classifier, --eval with it"},
     {"cosine", "[TASK.tsv]", OPTIONAL, &options.cosine, 0, 0,
      "cosine similarity of hidden states, over a task or of --prompt"},
     {"report", "FILE ...", WORDS, &options.reports, 0, 0, "tables and figures of --out files"},
     {"quantize", "OUT", WORD, &options.quantize, 0, 0, "write the model to OUT with 8-bit weights"},
     {"info", "", SWITCH, &options.info, 0, 0, "what the model file holds"},
-    {"show", "", SWITCH, &options.show, 0, 0, "print the schedule, or all of a --sweep, and stop"},
-    {"help", "", SWITCH, &options.help, 0, 0, "this text"},
+    {"show", "", SWITCH, &options.show, 0, 0, "print the schedule, or all of a --sweep"},
     {"How", "", HEADING, NULL, 0, 0, ""},
+    {"help", "", SWITCH, &options.help, 0, 0, "this text"},
+    {"layers", "T", INTEGER, &options.layers, 1, 16384, "with --show: T layers, no model needed"},
     {"threads", "N", INTEGER, &options.threads, 1, MOST_THREADS, "threads (default: one a core)"},
     {"limit", "N", INTEGER, &options.limit, 1, 9e15, "only the first N items of each task"},
     {"batch", "TOKENS", INTEGER, &options.batch, 1, 1 << 24, "tokens in one pass (default 2048)"},
@@ -5165,9 +5225,10 @@ static const Flag flags[] = {
     {"no-bos", "", SWITCH, &options.no_bos, 0, 0, "begin them without (default for --eval)"},
     {"kv", "exact|mean", WORD, &options.kv, 0, 0, "parallel layers keep their own keys, or a mean"},
     {"head", "NAME", WORD, &options.head, 0, 0, "BERT: which classifier of the file"},
+    {"probe", "TRAIN.tsv", WORD, &options.probe, 0, 0, "BERT: fit a classifier, --eval with it"},
     {"strength", "X", NUMBER, &options.strength, 1e-9, 1e9, "L2 penalty of --probe (default 1)"},
     {"out", "FILE", WORD, &options.out, 0, 0, "keep all results; the same command goes on"},
-    {"log", "FILE", WORD, &options.log, 0, 0, "write every item: scores or text, prediction, gold"},
+    {"log", "FILE", WORD, &options.log, 0, 0, "write every item (with --out: add it to FILE)"},
     {"shard", "I/N", WORD, &options.shard, 0, 0, "only the I-th of N parts of the items"},
     {"svg", "FILE|DIR", WORD, &options.svg, 0, 0, "draw the figure in FILE, several in folder DIR"},
     {"tokens", "N", INTEGER, &options.tokens, 1, 9e15, "how far --prompt continues (default 256)"},
@@ -5178,7 +5239,7 @@ static const Flag flags[] = {
     {"quiet", "", SWITCH, &quiet, 0, 0, "no status on stderr"},
     {"Which layers (0 to T-1; the middle is S < i < T-S)", "", HEADING, NULL, 0, 0, ""},
     {"path", "EXPR", WORD, &options.path, 0, 0, "the schedule itself, e.g. \"0-3 (4-7)*2 8-11\""},
-    {"layers", "T", INTEGER, &options.layers, 1, 16384, "with --show: T layers, no model needed"},
+    {"sweep", "LIST", WORD, &options.sweep, 0, 0, "many schedules, as in skip,random:10,loop:1-8"},
 };
 enum { N_FLAGS = sizeof flags / sizeof *flags, MOST_FLAGS = N_FLAGS + 2 * N_INTERVENTIONS };
 
@@ -5220,39 +5281,46 @@ static void take_number(const Flag *f, const char *value) {
 }
 
 // Reads the arguments into `options`. Every flag is known, has the values it needs, and numbers
-// are numbers; otherwise one line says which is not.
+// are numbers; otherwise one line says which is not. A value does not begin with "--", so that none
+// swallows the flag behind it; only the text of --prompt may be anything.
 static void parse_arguments(int argc, char **argv) {
     const char **list = NULL;           // where words go, behind a flag that takes many
+    const char *chosen[N_GROUPS] = {0};
     options.evals = allocate(argc, sizeof *options.evals, "arguments");
     options.reports = allocate(argc, sizeof *options.reports, "arguments");
-    for (int i = 1, at = 0; i < argc; i++, at = 0) {
-        const char *word = argv[i], *next = argv[i + 1];            // NULL behind the last
-        bool follows = next && strncmp(next, "--", 2);
-        if (strncmp(word, "--", 2)) {
+    for (int i = 1, at = 0, group = -1; i < argc; i++, at = 0, group = -1) {
+        const char *word = strcmp(argv[i], "-h") ? argv[i] : "--help";
+        const char *next = argv[i + 1];             // NULL behind the last
+        bool value = next && strncmp(next, "--", 2), file = next && *next != '-';
+        if (*word != '-') {
             if (list) *list++ = word;
             else if (!options.model) options.model = word;
             else die("\"%s\": one model at a time; quote a text of words", word);
             continue;
         }
         Flag f = flag_at(at);
-        while (f.type == HEADING || !*f.name || strcmp(f.name, word + 2)) {
+        while (f.type == HEADING || !*f.name || word[1] != '-' || strcmp(f.name, word + 2)) {
+            group += f.type == HEADING;
             if (++at == MOST_FLAGS) die("%s: no such flag; painters --help lists them", word);
             f = flag_at(at);
         }
         list = f.type == WORDS ? *(const char ***)f.target : NULL;
         while (list && *list) list++;
-        if (!next ? f.type >= WORD : f.type == WORDS && !follows) {
+        if (f.target == &options.prompt) value = next;
+        if (f.type == WORDS ? !file : f.type >= WORD && !value) {
             die("%s: a value is missing: %s", word, f.value);
         }
         if (f.type == SWITCH) *(bool *)f.target = true;
-        else if (f.type == OPTIONAL) *(const char **)f.target = follows ? argv[++i] : "";
+        else if (f.type == OPTIONAL) *(const char **)f.target = file ? argv[++i] : "";
         else if (f.type == WORD) *(const char **)f.target = argv[++i];
         else if (f.type != WORDS) take_number(&f, argv[++i]);
         if (f.target == &options.argument) options.argument_flag = f.name;
-        if (f.target != &options.start) continue;
-        const Intervention *other = options.method;
-        if (other) die("--%s: --%s is given too; one at a time", f.name, other->name);
-        options.method = &interventions[(at - N_FLAGS) / 2];
+        if (f.target == &options.start) options.method = &interventions[(at - N_FLAGS) / 2];
+        bool alone = group != HOW && f.target != &options.argument &&
+                     (f.type != OPTIONAL || file) && (f.type != WORDS || chosen[group] != f.name);
+        if (!alone) continue;
+        if (chosen[group]) die("%s: --%s is given too; one at a time", word, chosen[group]);
+        chosen[group] = f.name;
     }
     while (options.evals[options.n_evals]) options.n_evals++;
     while (options.reports[options.n_reports]) options.n_reports++;
@@ -5263,22 +5331,33 @@ static void parse_arguments(int argc, char **argv) {
 static void check_options(void) {
     const Intervention *v = options.method;
     const char *second = options.argument_flag, *takes = v ? v->argument_flag : NULL;
-    const char *kv = options.kv ? options.kv : "exact";
-    bool eval = options.n_evals > 0;
-    const struct { bool broken; const char *flag, *needs; } rule[] = {
-        {options.sweep && !eval && !options.show, "sweep", "--eval or --show"},
-        {options.probe && !eval, "probe", "--eval"},
-        {options.out && !eval, "out", "--eval"},
-        {options.log && !eval, "log", "--eval"},
-        {options.shard && !eval, "shard", "--eval"},
-        {options.cosine && !*options.cosine && !options.prompt, "cosine", "a task or --prompt"},
-        {options.layers > 0 && !options.show, "layers", "--show"},
-        {options.bos && options.no_bos, "bos", "no --no-bos"},
+    const char *kv = options.kv ? options.kv : "exact", *cosine_of = options.cosine;
+    bool eval = options.n_evals, report = options.n_reports, samples = options.temperature > 0;
+    bool runs = eval || options.prompt || cosine_of || options.show;
+    const struct { bool broken; const char *flag, *where; } rule[] = {
+        {options.sweep && !eval && !options.show, "sweep", "with --eval or --show"},
+        {(options.path || v) && !runs, v ? v->name : "path", "with --prompt, --eval or --show"},
+        {options.probe && !eval, "probe", "with --eval"},
+        {options.out && !eval, "out", "with --eval"},
+        {options.log && !eval, "log", "with --eval"},
+        {options.shard && !eval, "shard", "with --eval"},
+        {options.head && (!eval || options.probe), "head", "with --eval and without --probe"},
+        {options.strength != 1 && !options.probe, "strength", "with --probe"},
+        {options.svg && !eval && !report && !cosine_of, "svg", "with --eval, --cosine, --report"},
+        {cosine_of && !*cosine_of && !options.prompt, "cosine", "with a task or --prompt"},
+        {samples && !options.prompt, "temperature", "with --prompt"},
+        {options.top_p < 1 && !samples, "top-p", "with a --temperature over 0"},
+        {options.bos && options.no_bos, "bos", "without --no-bos"},
+        {options.layers > 0 && (!options.show || options.model), "layers",
+         "with --show and without a model"},
+        {report && options.model, "report", "without a model"},
         {strcmp(kv, "exact") && strcmp(kv, "mean"), "kv", "exact or mean"},
-        {options.path && v, "path", "no other schedule"},
-        {second && (!takes || strcmp(second, takes)), second, "the flag that --help names"}};
+        {second && (!takes || strcmp(second, takes)), second, "with the flag that --help names"}};
     for (size_t i = 0; i < sizeof rule / sizeof *rule; i++) {
-        if (rule[i].broken) die("--%s: needs %s beside it", rule[i].flag, rule[i].needs);
+        if (rule[i].broken) die("--%s: only %s", rule[i].flag, rule[i].where);
+    }
+    if (!options.model && options.layers < 0 && !report) {
+        die("no model file; give one first: painters MODEL ... (or --help)");
     }
     if (!options.shard) return;
     int n;
@@ -5289,20 +5368,27 @@ static void check_options(void) {
     }
 }
 
-// Everything that needs a model, or at least its number of layers.
+static Schedule chosen_schedule(int T) {
+    if (options.path) return schedule_parse(options.path, T, "--path");
+    return schedule_build(options.method, T, options.start, options.argument);
+}
+
+// --show: needs no model, only its number of layers.
+static void show_schedules(void) {
+    int T = options.layers > 0 ? (int)options.layers : model_load(options.model)->n_layers;
+    Schedule schedule = chosen_schedule(T);
+    if (options.sweep) show_sweep(T);
+    else puts(schedule_text(&schedule));
+}
+
+// Everything that needs a model.
 static void run_command(void) {
-    if (!options.model && options.layers < 0) {
-        die("no model file; give one first: painters MODEL ... (or --help)");
-    }
-    Model *m = options.layers > 0 ? NULL : model_load(options.model);
-    int T = m ? m->n_layers : (int)options.layers;
-    Schedule schedule = options.path ? schedule_parse(options.path, T, "--path") : schedule_build(
-        options.method, T, options.start, options.argument);
+    Model *m = model_load(options.model);
+    Schedule schedule = chosen_schedule(m->n_layers);
     Session *s = session_new(m);
     s->kv_mean = options.kv && !strcmp(options.kv, "mean");
-    if (options.show && options.sweep) show_sweep(schedule.n_layers);
-    else if (options.show) puts(schedule_text(&schedule));
-    else if (options.info) print_info(m);
+    if (options.head && !m->n_heads_named) die("--head: %s has no classifiers", m->path);
+    if (options.info) print_info(m);
     else if (options.quantize) model_quantize(m, options.quantize);
     else if (options.cosine) cosine(s, &schedule);
     else if (options.prompt && m->arch == BERT) fill_masks(s, &schedule);
@@ -5310,7 +5396,7 @@ static void run_command(void) {
     else if (options.n_evals) evaluate(s, schedule);
     else die("nothing to do; add --prompt TEXT, --eval TASK.tsv, --info, ... (see --help)");
     session_free(s);
-    if (m) model_free(m);
+    model_free(m);
 }
 
 #ifndef PAINTERS_NO_MAIN
@@ -5330,12 +5416,16 @@ static void set_threads(void) {
 }
 
 int main(int argc, char **argv) {
+#ifdef SIGXFSZ
+    signal(SIGXFSZ, SIG_IGN);       // a file over the system's limit is then an error
+#endif
     parse_arguments(argc, argv);
     set_threads();
     if (options.help || argc == 1) print_help();
     else {
         check_options();
         if (options.n_reports) report_files();
+        else if (options.show) show_schedules();
         else run_command();
     }
     close_written(stdout, "stdout");

@@ -135,6 +135,7 @@ static void write_input(const uint8_t *data, size_t size) {
 static __typeof__(options) options_at_start;
 static void run_program(char **words, int n) {
     options = options_at_start;
+    memset(&used, 0, sizeof used);
     quiet = true;
     if (!setjmp(ended)) painters_main(n, words);
     fflush(stdout);

@@ -37,7 +37,13 @@ class Memory(unittest.TestCase):
                 if done.returncode == 127 or "shared librar" in done.stderr:
                     self.skipTest("the program itself does not fit")
                 self.assertEqual(done.returncode, 1, done.stderr)
-                self.assertRegex(done.stderr, r"\Apainters: [^\n]*(do not fit|can be mapped)[^\n]*\n\Z")
+                self.assertRegex(done.stderr, r"\Apainters: [^\n]*do not fit[^\n]*\n\Z")
+        hole = os.path.join(common.scratch(), "hole.bin")
+        with open(hole, "wb") as f:
+            f.truncate(1 << 30)
+        done = subprocess.run([common.painters(), hole, "--info"], capture_output=True, text=True,
+                              preexec_fn=limit(200), check=False)
+        self.assertRegex(done.stderr, r"hole.bin: its 1073741824 bytes do not fit into memory")
 
     def test_file_justifies_memory(self):
         """A small file cannot ask for much memory: refused, or run in 200 MB."""
@@ -70,6 +76,15 @@ class Outputs(unittest.TestCase):
                 error = common.execute(self.model, "--eval", self.task, "--sweep", "skip", flag,
                                        "/nowhere/x.svg")[2]
                 self.assertIn("/nowhere/x.svg", error.splitlines()[-1])
+
+    def test_a_file_over_the_limit_is_an_error(self):
+        out = os.path.join(common.scratch(), "limited.bin")
+        done = subprocess.run(
+            [common.painters(), self.model, "--quantize", out], capture_output=True, text=True, check=False,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)))
+        self.assertEqual(done.returncode, 1, done.stderr)
+        self.assertIn("limited.bin: cannot be written", done.stderr)
+        self.assertFalse(os.path.exists(out + ".tmp"))
 
     def test_closed_early(self):
         """`| head -1`: the reader's pipe closes; the run ends at once and does not hang."""

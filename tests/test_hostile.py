@@ -175,5 +175,32 @@ class Bert(Hostile, unittest.TestCase):
         return common.model("bert_mlm")
 
 
+class Padding(unittest.TestCase):
+    def test_the_tokenizer_of_a_smaller_model(self):
+        """Rows that pad a vocabulary are plain; a vocabulary of which most has no token is not."""
+        with open(common.model("llama_mha"), "rb") as f:
+            good = f.read()
+        path = os.path.join(common.scratch(), "padded.bin")
+        old = struct.unpack_from("<I", good, 84)[0]
+        entry = good.index(struct.pack("<56s", b"embed"))
+        offset, length = struct.unpack_from("<QQ", good, entry + 80)
+        for rows, status in ((old + 1024, 0), (old + 1025, 1)):
+            more = (length // old * rows + 63) // 64 * 64 - (length + 63) // 64 * 64
+            data = bytearray(good[:offset + length] + bytes(more) + good[offset + length:])
+            struct.pack_into("<Q", data, 16, len(data))
+            struct.pack_into("<I", data, 84, rows)
+            struct.pack_into("<QQQQ", data, entry + 64, rows, struct.unpack_from("<Q", good, entry + 72)[0],
+                             offset, length // old * rows)
+            for at in range(192, 192 + 96 * struct.unpack_from("<I", good, 36)[0], 96):
+                if at != entry:
+                    place = struct.unpack_from("<Q", good, at + 80)[0]
+                    struct.pack_into("<Q", data, at + 80, place + (more if place > offset else 0))
+            with open(path, "wb") as f:
+                f.write(sign(data))
+            found, _, said = common.execute(path, "--prompt", "a", "--tokens", "1")
+            self.assertEqual(found, status, said)
+        self.assertIn("%d tokens, the model %d" % (old, old + 1025), said)
+
+
 if __name__ == "__main__":
     unittest.main()

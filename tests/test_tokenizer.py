@@ -195,7 +195,7 @@ class WordPiece(unittest.TestCase):
         for text, ids, wanted in zip(given, tokenizer.encode(given), right):
             self.assertEqual(ids, wanted, text)
         self.assertEqual(tokenizer.decode([[2, 8, 9, 13, 3], [9], []]),
-                         [b"[CLS] unaffable x [SEP]", b"ffable", b""])
+                         [b"[CLS] unaffable x [SEP]", b"##ffable", b""])
 
     def test_tokenizer_json(self):
         """Hugging Face's file gives what vocab.txt gives, and tokens outside the vocabulary."""
