@@ -5174,12 +5174,12 @@ static void evaluate(Session *s, Schedule schedule) {
     else store_schedule(st, schedule);
     st->n_wanted = st->n_entries;
     st->n_wanted_tasks = st->n_tasks;
+    if (options.svg) check_figures(options.svg, store_report(st, true).n_figures);
     if (options.out) store_open(st, options.out);
     if (options.log) {
         e.log = open_written(options.log, "w");
         fputs("#task\tschedule\titem\tstate (2: cut)\tkept values\tscores or text\n", e.log);
     }
-    if (options.svg) check_figures(options.svg, store_report(st, true).n_figures);
     signal(SIGINT, on_interrupt);
     signal(SIGTERM, on_interrupt);
     run_tasks(&e, train);

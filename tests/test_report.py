@@ -476,6 +476,46 @@ class Figures(unittest.TestCase):
         self.assertIn("cannot be written", line)
 
 
+class Runs(unittest.TestCase):
+    """What the program itself makes of --svg and of runs without results."""
+    MODEL, TASK = (os.path.join(common.TESTS, "small", name) for name in ("llama.bin", "pronoun.tsv"))
+
+    def test_a_place_for_figures_is_checked_before_the_run(self):
+        folder = os.path.join(common.scratch(), "early")
+        os.mkdir(folder)
+        nowhere, one = os.path.join(folder, "none", "x"), os.path.join(folder, "x.svg")
+        out = os.path.join(folder, "out")
+        for where, sweep, said in ((nowhere, "skip", "cannot be made"),
+                                   (nowhere + ".svg", "skip", "cannot be made"),
+                                   (one, "skip,drop", "name a folder"), (one, "path:", "--sweep")):
+            path = os.path.join(folder, "paths")
+            with open(path, "w", encoding="ascii") as f:
+                f.write("0 1\n")
+            sweep = sweep.replace("path:", "path:" + path)
+            line = common.refused(self.MODEL, "--eval", self.TASK, "--sweep", sweep, "--svg", where,
+                                  "--out", out)
+            self.assertIn(said, line)
+            os.remove(path)
+            self.assertEqual(os.listdir(folder), [])
+        self.assertIn("cannot be made", common.refused(self.MODEL, "--cosine", "--prompt", "a",
+                                                       "--svg", nowhere))
+
+    def test_a_shard_without_items(self):
+        status, out, errors = common.execute(self.MODEL, "--eval", self.TASK, "--limit", "1",
+                                             "--shard", "2/2")
+        self.assertEqual((status, out), (0, b""))
+        self.assertIn("no results", errors)
+
+    def test_cosine_figure(self):
+        path = os.path.join(common.scratch(), "cosine.svg")
+        common.run(self.MODEL, "--cosine", "--prompt", "A & B", "--parallel", "3", "--svg", path)
+        texts = [e.text for e in ElementTree.parse(path).getroot().iter(SVG + "text")]
+        self.assertEqual(texts[1], "Llama, 12 layers, no-bos; “A & B”; parallel 3")
+        names = ["emb", "0", "1", "2", "3", "step 5", "9", "10", "11"]
+        for name in names:
+            self.assertEqual(texts.count(name), 2, name)
+
+
 class HeatMap(unittest.TestCase):
     def draw(self, cells, low=0, high=1):
         path = os.path.join(common.scratch(), "cells.tsv")
