@@ -3635,6 +3635,7 @@ typedef struct {             // one metric of one task under one schedule, ready
     int layers;              // T
     double value, error;     // error: standard error; NaN when there is none
     int64_t n, cut;          // items (of the summary: tasks); items that did not fit the context
+    int64_t items;           // that the task has; n are done
     int64_t merged;          // seeds that it is the mean of
     double chance;           // of the task's first metric; NaN unknown
     bool first;              // is this the task's first (summary) metric
@@ -4224,6 +4225,7 @@ static int64_t merge_rows(Row *rows, int64_t n, int n_keys, bool median) {
         for (int64_t j = i + 1; j < i + k; j++) {
             r.value += rows[j].value;
             r.chance += rows[j].chance;
+            if (rows[j].n < r.n) r.n = rows[j].n;
         }
         r.value /= (double)k;
         r.chance /= (double)k;
@@ -4252,20 +4254,34 @@ static bool lower_is_better(const Row *r) {
     return strstr(r->metric, "perplexity") != NULL;
 }
 
+// Why a task does not count in the summary; NULL if it does. task: the first of its rows, which is
+// the baseline, if that ran.
+static const char *left_out(const Row *task) {
+    if (lower_is_better(task)) return "perplexity";
+    if (!is_llama(task)) return NULL;
+    if (task->rank) return "no baseline";
+    if (isnan(task->chance)) return "level of chance unknown";
+    return task->value > task->chance ? NULL : "baseline not above chance";
+}
+
 // The summary, as rows of one more task: the median or mean of the tasks' scores, for schedules
 // that have them all. A score is, for Llama, (score - chance) / (full - chance) of the first
-// metric, if the baseline is above chance; for BERT, the mean of the task's metrics. Perplexities
-// do not count. rows: n sorted rows. Returns how many rows it made, at most n.
-static int64_t make_summary(Row *out, const Row *rows, int64_t n) {
+// metric; for BERT, the mean of the task's metrics. Perplexities do not count. rows: n sorted rows;
+// left: gets the tasks that do not count. Returns how many rows it made, at most n.
+static int64_t make_summary(Row *out, const Row *rows, int64_t n, Text *left) {
     int64_t n_out = 0, n_tasks = 0, kept = 0;
     bool llama = n && is_llama(rows);
-    const Row *task = rows;                     // the first of its rows: the baseline, if that ran
+    const Row *task = NULL;
+    const char *why = NULL;
     for (const Row *r = rows; r < rows + n; r++) {
-        if (strcmp(r->task, task->task)) task = r;
+        if (!task || strcmp(r->task, task->task)) {
+            task = r;
+            why = left_out(task);
+            n_tasks += !why;
+            if (why) text_printf(left, "%s%s (%s)", left->n ? ", " : "", task->task, why);
+        }
         double range = task->value - task->chance;
-        if (lower_is_better(task) || lower_is_better(r)) continue;
-        if (llama && (task->rank || !(range > 0) || !r->first)) continue;
-        n_tasks += r == task;
+        if (why || lower_is_better(r) || (llama && !r->first)) continue;
         out[n_out] = *r;
         out[n_out].first = true;
         out[n_out].metric = llama ? MEDIAN : MEAN;
@@ -4317,6 +4333,19 @@ static const char *metric_label(const Row *r) {
          : r->metric == MEAN ? "mean of the scores" : r->metric;
 }
 
+// "400 items" of rows of one task; if some have fewer than the task, "10 to 20 of 400 items".
+static char *items_label(const Row *rows, int64_t n) {
+    int64_t least = rows->n, most = rows->n;
+    if (is_summary(rows)) return text_of("%lld tasks", (long long)rows->n);
+    for (int64_t i = 1; i < n; i++) {
+        if (rows[i].n < least) least = rows[i].n;
+        if (rows[i].n > most) most = rows[i].n;
+    }
+    char *part = least < most ? text_of("%lld to ", (long long)least) : "";
+    if (least == rows->items) return text_of("%lld items", (long long)least);
+    return text_of("%s%lld of %lld items", part, (long long)most, (long long)rows->items);
+}
+
 // A cell with a number; NaN is "-".
 static void print_number(FILE *f, int width, const char *format, double v) {
     char number[40] = "-";
@@ -4325,7 +4354,7 @@ static void print_number(FILE *f, int width, const char *format, double v) {
 }
 
 // Prints rows in aligned columns, under a line that begins with "#". Cells hold no blanks, so that
-// awk and sort find them; only paths, at the end, do.
+// awk and sort find them; only paths, at the end, do. Tasks that are not done whole follow.
 static void print_rows(FILE *f, const Row *rows, int64_t n) {
     int task_width = 4, metric_width = 6;
     if (!n) return;
@@ -4336,18 +4365,25 @@ static void print_rows(FILE *f, const Row *rows, int64_t n) {
     }
     fprintf(f, "# %s", model_label(rows));
     if (summary) fprintf(f, ": %s; tasks: %lld", metric_label(rows), (long long)rows->n);
-    fprintf(f, "\n%-*s  %-*s  method    S/k  seed/R      value     error   %s   cut     BOS  "
-            "path\n", task_width, "task", metric_width, "metric", summary ? "seeds" : "items");
+    fprintf(f, "\n%-*s  %-*s  method    S/k  seed/R      value     error   %s  seeds   cut     BOS"
+            "  path\n", task_width, "task", metric_width, "metric", summary ? "tasks" : "items");
     for (const Row *r = rows; r < rows + n; r++) {
         int pad = task_width - (int)count_codepoints(r->task);
         fprintf(f, "%s%*s  %-*s  %-8s", r->task, pad, "", metric_width, r->metric, r->method);
         print_number(f, 3, "%.0f", r->start < 0 ? NAN : r->start);
-        print_number(f, 6, "%.0f", r->turns > 0 ? r->turns : summary ? NAN : r->seed);
+        print_number(f, 6, "%.0f", r->turns > 0 ? r->turns : r->merged > 1 ? NAN : r->seed);
         print_number(f, 9, fabs(r->value) < 1e4 ? "%.4f" : "%.5g", r->value);
         print_number(f, 8, fabs(r->error) < 1e4 ? "%.4f" : "%.5g", r->error);
-        print_number(f, 6, "%.0f", (double)(summary ? r->merged : r->n));
+        print_number(f, 6, "%.0f", (double)r->n);
+        print_number(f, 5, "%.0f", isnan(r->seed) ? NAN : (double)r->merged);
         print_number(f, 4, "%.0f", summary ? NAN : (double)r->cut);
         fprintf(f, "  %6s  %s\n", r->bos, strcmp(r->method, "path") ? "-" : r->schedule);
+    }
+    for (int64_t i = 0, k; i < n && !summary; i += k) {
+        bool whole = true;
+        k = span(rows + i, n - i, BY_TASK);
+        for (int64_t j = i; j < i + k; j++) whole = whole && rows[j].n == rows[j].items;
+        if (!whole) fprintf(f, "# %s: %s\n", rows[i].task, items_label(rows + i, k));
     }
     fputc('\n', f);
 }
@@ -4376,11 +4412,10 @@ static double place(const Scale *s, double v) {
 // What there is to see of a panel: lines of values against S or against k, and the grid of looped
 // parallel, R turns upwards, as a heat map. A matrix is a heat map that is of no panel.
 enum { STARTS, LAYERS, LOOPS, MATRIX };
-static const struct { const char *file, *x_label, *note; } views[] = {
-    {"", "start layer S (layers S+1 to T−S−1 are changed)",
-     "bars: standard error or deviation over seeds"},
-    {"-layers", "layer k", "bars: standard error"},
-    {"-loops", "layers in parallel, T − 2S − 1", "framed: the best R of each column"},
+static const struct { const char *file, *x_label; } views[] = {
+    {"", "start layer S (layers S+1 to T−S−1 are changed)"},
+    {"-layers", "layer k"},
+    {"-loops", "layers in parallel, T − 2S − 1"},
 };
 
 typedef struct {
@@ -4394,7 +4429,7 @@ typedef struct {
 } Figure;
 
 // The range of a figure's values, logarithmic for perplexities over more than two decades; that of
-// lines has room for baseline, chance and error bars.
+// lines has room for baseline, chance and error bars; those of perplexities may be cut off.
 static Scale figure_scale(const Figure *g) {
     Scale s = {INFINITY, -INFINITY, false};
     const Row *end = g->cell + g->rows * g->cols;
@@ -4404,7 +4439,7 @@ static Scale figure_scale(const Figure *g) {
         s = (Scale){log10(s.lo), log10(s.hi), true};
     }
     if (g->view == LOOPS) return s;
-    for (const Row *r = g->cell; r < end && !s.log; r++) {
+    for (const Row *r = g->cell; r < end && !lower_is_better(g->panel); r++) {
         include(&s, r->value - r->error);
         include(&s, r->value + r->error);
     }
@@ -4426,6 +4461,19 @@ static char *series_name(const Row *r, int view) {
     if (view == LOOPS) return text_of("%d", r->turns > 0 ? r->turns : 1);
     if (r->turns > 0) return text_of("%s, R = %d", r->method, r->turns);
     return text_of(r->merged > 1 ? "%s, seeds: %lld" : "%s", r->method, (long long)r->merged);
+}
+
+// What the frames or error bars of a figure mean.
+static const char *figure_note(const Figure *g) {
+    bool single = false, seeds = false;
+    if (g->view == LOOPS) return "; framed: the best R of each column, of equals the least";
+    for (const Row *r = g->cell; r < g->cell + g->rows * g->cols; r++) {
+        single = single || (isfinite(r->error) && r->merged == 1);
+        seeds = seeds || (isfinite(r->error) && r->merged > 1);
+    }
+    return single && seeds ? "; bars: standard error, of random the deviation over seeds"
+         : single ? "; bars: standard error"
+         : seeds ? "; bars: of random the deviation over seeds" : "";
 }
 
 // The figure of a view of a panel's points; without rows if there is nothing to see.
@@ -4468,28 +4516,37 @@ static Figure make_figure(const Row *panel, int64_t n, int view) {
     g.title = text_of("%s: %s%s%s", panel->task, metric_label(panel),
                       grid ? " of looped parallel" : "",
                       lower_is_better(panel) ? " (lower is better)" : "");
-    g.subtitle = text_of("%s; %lld %s; %s", model_label(panel), (long long)panel->n,
-                         is_summary(panel) ? "tasks" : "items", views[view].note);
+    g.subtitle = text_of("%s; %s%s", model_label(panel), items_label(panel, n), figure_note(&g));
     return g;
 }
 
-// A chart: a line for each row, for each value a bar in eighths of the line. At most 80 columns.
+// A chart: a line for each row, for each value a bar in eighths of the line. At most 80 columns:
+// where there are more values, a bar is the worst of its neighbours.
 static void print_chart(FILE *f, const Figure *g) {
     static const char *const bar[] = {"▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"};
     const Scale *s = &g->scale;
-    fprintf(f, "%s\n  across: %s, %s to %s\n  up: %.4g to %.4g%s, baseline %.4g, chance %.4g\n",
-            g->title, g->x_label, g->col_name[0], g->col_name[g->cols - 1],
+    int step = (g->cols - 1) / 60 + 1;
+    fprintf(f, "%s\n  across: %s, %s to %s%s\n  up: %.4g to %.4g%s", g->title, g->x_label,
+            g->col_name[0], g->col_name[g->cols - 1],
+            step > 1 ? text_of(", each bar the worst of %d", step) : "",
             s->log ? pow(10, s->lo) : s->lo, s->log ? pow(10, s->hi) : s->hi,
-            s->log ? " (log)" : "", g->level[0], g->level[1]);
+            s->log ? " (log)" : "");
+    if (!isnan(g->level[0])) fprintf(f, ", baseline %.4g", g->level[0]);
+    if (!isnan(g->level[1])) fprintf(f, ", chance %.4g", g->level[1]);
+    fputc('\n', f);
     for (int row = 0; row < g->rows; row++) {
         const Row *cell = g->cell + row * g->cols;
         Scale seen = {INFINITY, -INFINITY, false};
         fprintf(f, "  %-18.18s", g->row_name[row]);
-        for (int i = 0; i < g->cols; i++) include(&seen, cell[i].value);
-        for (int i = 0; i < g->cols; i += (g->cols - 1) / 36 + 1) {
-            double v = cell[i].value;
-            fputs(isfinite(v) ? bar[(int)(7 * place(s, v) + 0.5)] : " ", f);
+        for (int i = 0; i < g->cols; i += step) {
+            Scale part = {INFINITY, -INFINITY, false};
+            for (int j = i; j < i + step && j < g->cols; j++) include(&part, cell[j].value);
+            double worst = lower_is_better(g->panel) ? part.hi : part.lo;
+            fputs(isfinite(worst) ? bar[(int)(7 * place(s, worst) + 0.5)] : " ", f);
+            include(&seen, part.lo);
+            include(&seen, part.hi);
         }
+        if (g->cols > 36) fprintf(f, "\n%20s", "");       // no room beside the bars
         fprintf(f, "  %.4g to %.4g\n", seen.lo, seen.hi);
     }
     fputc('\n', f);
@@ -4619,7 +4676,8 @@ static const int stops[STOPS][3] = {
     {68, 1, 84}, {59, 82, 139}, {33, 145, 140}, {94, 201, 98}, {253, 231, 37},
 };
 
-// One cell: its colour, its value if that fits, framed if it is the best of its column.
+// One cell: its colour, its value if that fits, framed if it is the best of its column, of several
+// the lowest.
 static void svg_cell(Text *t, const Figure *g, int row, int col, double size) {
     double v = g->cell[row * g->cols + col].value, x = LEFT + size * col, y = TOP + size * row;
     double part = (STOPS - 1) * place(&g->scale, v);
@@ -4631,9 +4689,9 @@ static void svg_cell(Text *t, const Figure *g, int row, int col, double size) {
         rgb[c] = (int)(lo + (part - stop) * (hi - lo) + 0.5);
     }
     const char *ink = 0.3 * rgb[0] + 0.59 * rgb[1] + 0.11 * rgb[2] < 128 ? "#ffffff" : "#000000";
-    for (int i = col; best && i < g->rows * g->cols; i += g->cols) {
-        double other = g->cell[i].value;
-        best = !(lower_is_better(g->panel) ? other < v : other > v);
+    for (int i = 0; best && i < g->rows; i++) {
+        double other = g->cell[i * g->cols + col].value;
+        best = !(lower_is_better(g->panel) ? other < v : other > v) && !(i > row && other == v);
     }
     double frame = best ? 3 : 0, side = size - frame;
     text_printf(t, "<rect x='%g' y='%g' width='%g' height='%g' fill='rgb(%d,%d,%d)' stroke='%s' "
@@ -4681,7 +4739,7 @@ static void write_svg(const char *path, const Figure *g) {
     svg_text(&t, (LEFT + right) / 2, bottom + 44, MIDDLE_TEXT, g->x_label);
     svg_text(&t, -middle, 24, "text-anchor='middle' transform='rotate(-90)'", g->y_label);
     for (int i = 0; i < g->cols; i++) {
-        wide = fmax(wide, 7.5 * (double)count_codepoints(g->col_name[i]) + 6);
+        wide = fmax(wide, 7 * (double)count_codepoints(g->col_name[i]) + 4);
     }
     for (int i = 0; i < g->cols; i += (int)ceil(wide / dx)) {
         svg_text(&t, LEFT + dx * (i + 0.5), bottom + 20, MIDDLE_TEXT, g->col_name[i]);
@@ -4695,22 +4753,23 @@ static void write_svg(const char *path, const Figure *g) {
 }
 
 typedef struct {
-    Row *rows, *summary;        // sorted; of the summary, seeds are one row
+    Row *rows, *summary;        // sorted; seeds are one row
     int64_t n, n_summary, n_figures;
+    Text left_out;              // of the summary
     Figure *figures;            // of all metrics of all tasks, and of the summary of several tasks
 } Report;
 
 // Prepares a report. Sorts the rows.
 static Report make_report(Row *rows, int64_t n) {
-    Row *points = allocate(2 * n + 1, sizeof *points, "points of figures");
+    Row *points = allocate(2 * n + 1, sizeof *points, "rows of a report");
     int64_t capacity = 0, n_points;
     if (n) {
         qsort(rows, (size_t)n, sizeof *rows, by_all_keys);
         memcpy(points, rows, (size_t)n * sizeof *rows);
     }
     n_points = merge_rows(points, n, BY_POINT, false);
-    Report report = {.rows = rows, .n = n, .summary = points + n_points};
-    report.n_summary = make_summary(report.summary, rows, n);
+    Report report = {.rows = points, .n = n_points, .summary = points + n_points};
+    report.n_summary = make_summary(report.summary, rows, n, &report.left_out);
     if (report.n_summary && report.summary->n > 1) n_points += report.n_summary;
     for (int64_t i = 0, k; i < n_points; i += k) {
         k = span(points + i, n_points - i, BY_PANEL);
@@ -4727,10 +4786,9 @@ static Report make_report(Row *rows, int64_t n) {
 
 // The summary of every schedule: of random the mean over seeds, with their standard deviation.
 static void report_summary(FILE *f, const Report *report) {
+    const char *title = report->n_summary ? "Not in the summary" : "No summary";
     print_rows(f, report->summary, report->n_summary);
-    if (report->n && !report->n_summary) {
-        fprintf(f, "# No summary: no task with a baseline above chance.\n\n");
-    }
+    if (report->left_out.n) fprintf(f, "# %s: %s\n\n", title, report->left_out.s);
 }
 
 // Every task's first metric, and the summary of several.
@@ -4740,20 +4798,35 @@ static void report_chart(FILE *f, const Report *report) {
     }
 }
 
-// Draws all figures. `where` is a file NAME.svg if there is one, otherwise a folder, made if
-// missing, for files like "llama12-bos-hellaswag-acc-loops.svg"; other characters than A-Z a-z 0-9
-// . - _ are made "_".
-static void report_figures(const char *where, const Report *report) {
+// Ends the program, before a long run, if a file cannot be made; or a folder, which it then makes.
+static void check_place(const char *path, bool folder) {
+    const char *slash = strrchr(path, '/');
+    if (folder) mkdir(path, 0777);
+    char *inside = folder ? text_of("%s/.", path)
+                          : text_of("%.*s.", slash ? (int)(slash - path) + 1 : 0, path);
+    if (access(inside, W_OK)) {
+        die("%s: cannot be made: %s; choose another place", path, strerror(errno));
+    }
+}
+
+// Whether n figures can be drawn to `where`: a file NAME.svg if there is one, otherwise a folder.
+// Returns whether it is a folder.
+static bool check_figures(const char *where, int64_t n) {
     const char *dot = strrchr(where, '.');
     bool folder = !dot || strcmp(dot, ".svg");
-    int64_t n = report->n_figures;
     if (!n) die("%s: no result has a start S or a layer k to draw; use --sweep", where);
     if (!folder && n > 1) {
         die("%s: these results make %lld figures; name a folder", where, (long long)n);
     }
-    if (folder && mkdir(where, 0777) && errno != EEXIST) {
-        die("%s: cannot be made: %s; choose another place", where, strerror(errno));
-    }
+    check_place(where, folder);
+    return folder;
+}
+
+// Draws all figures, in a folder as files like "llama12-bos-hellaswag-acc-loops.svg"; other
+// characters than A-Z a-z 0-9 . - _ are made "_".
+static void report_figures(const char *where, const Report *report) {
+    int64_t n = report->n_figures;
+    bool folder = check_figures(where, n);
     for (const Figure *g = report->figures; g < report->figures + n; g++) {
         const Row *r = g->panel;
         char *name = text_of("%s%d%s-%s%s%s%s.svg", r->family, r->layers,
@@ -4897,8 +4970,8 @@ static Row schedule_row(const Schedule *s, const char *text) {
     return r;
 }
 
-// What the store holds, as a report.
-static Report store_report(const Store *st) {
+// What the store holds, as a report; or, planned, what it will hold, with values of NaN.
+static Report store_report(const Store *st, bool planned) {
     Row *rows = NULL;
     int64_t n_rows = 0, capacity = 0;
     for (int k = 0; k < st->n_wanted_tasks; k++) {
@@ -4911,16 +4984,20 @@ static Report store_report(const Store *st) {
             r.chance = t->chance;
             r.bos = st->bos;
             r.family = st->family;
+            r.items = t->n_items;
             for (int64_t item = 0; item < t->n_items && e->kept[k]; item++) {
                 const double *kept = e->kept[k] + item * (1 + width);
                 if (kept[0] == MISSING) continue;
                 memcpy(values + r.n++ * width, kept + 1, (size_t)width * sizeof *kept);
                 r.cut += kept[0] == DONE_CUT;
             }
-            for (int j = 0; j < t->n_metrics && r.n; j++) {
+            for (int j = 0; j < t->n_metrics && (r.n || planned); j++) {
                 r.metric = t->metrics[j]->name;
                 r.first = j == 0;
-                r.value = metric_value(t->metrics[j], values, r.n, (int)width, &r.error);
+                r.value = r.error = NAN;
+                if (!planned) {
+                    r.value = metric_value(t->metrics[j], values, r.n, (int)width, &r.error);
+                }
                 rows = grow(rows, &capacity, n_rows + 1, sizeof *rows, "results");
                 rows[n_rows++] = r;
             }
@@ -4933,8 +5010,11 @@ static Report store_report(const Store *st) {
 // Everything that is printed and drawn of results: a table, and where many schedules were run, the
 // summary and charts.
 static void show_results(const Store *st, const char *svg) {
-    Report report = store_report(st);
-    if (!report.n) die("no results to show");
+    Report report = store_report(st, false);
+    if (!report.n) {                    // a shard of few items may have none
+        warn("no results to show");
+        return;
+    }
     if (svg) check_output(svg);
     print_rows(stdout, report.rows, report.n);
     if (st->n_wanted > 1) {
@@ -5040,6 +5120,7 @@ static void begin_results(Evaluation *e, Schedule schedule) {
     if (options.sweep) sweep_schedules(st);
     else store_schedule(st, schedule);
     st->n_wanted = st->n_entries;
+    if (options.svg) check_figures(options.svg, store_report(st, true).n_figures);
     if (options.out) store_open(st);
 }
 
@@ -5104,6 +5185,32 @@ static void add_cosines(Session *s, const Schedule *schedule, const Task *t, Req
     release(state);
 }
 
+// The similarity matrix [n][n] as a heat map. Steps with long names are shown by their numbers.
+static void draw_cosines(const Model *m, const Schedule *schedule, const Task *t, int64_t done,
+                         char **step, const double *similarity, int n, double lowest) {
+    Row *cell = allocate(n * (int64_t)n, sizeof *cell, "cells of a figure");
+    char **name = allocate(n, sizeof *name, "names");
+    Row r = schedule_row(schedule, schedule_text(schedule));
+    r.family = m->arch == LLAMA ? "llama" : "bert";
+    r.layers = m->n_layers;
+    r.bos = m->arch == BERT ? "-" : options.bos ? "bos" : "no-bos";
+    for (int i = 0; i < n; i++) name[i] = strlen(step[i]) > 6 ? text_of("step %d", i) : step[i];
+    for (int64_t i = 0; i < n * (int64_t)n; i++) cell[i].value = similarity[i];
+    Text what = {0};
+    if (*options.cosine) text_printf(&what, "%s, sequences: %lld", t->name, (long long)done);
+    else text_printf(&what, "“%.60s”", options.prompt);
+    text_printf(&what, "; %s", strcmp(r.method, "path") ? r.method : r.schedule);
+    if (r.start >= 0) text_printf(&what, " %d", r.start);
+    if (r.turns > 0) text_printf(&what, ", R = %d", r.turns);
+    if (!isnan(r.seed)) text_printf(&what, ", seed %.0f", r.seed);
+    Figure g = {.view = MATRIX, .rows = n, .cols = n, .row_name = name, .col_name = name,
+                .title = "Cosine similarity of hidden states",
+                .subtitle = text_of("%s; %s", model_label(&r), what.s),
+                .x_label = "state after", .y_label = "state after",
+                .cell = cell, .scale = {lowest, 1, false}};
+    write_svg(options.svg, &g);
+}
+
 // --cosine: the paper's similarity matrix, averaged over a task's sequences or of one prompt, one
 // sequence in memory at a time.
 static void cosine(Session *s, const Schedule *schedule) {
@@ -5111,6 +5218,7 @@ static void cosine(Session *s, const Schedule *schedule) {
     Task *t = *options.cosine ? task_load(options.cosine) : allocate(1, sizeof *t, "task");
     Text heading = {0};
     int n;
+    if (options.svg) check_place(options.svg, false);
     if (options.svg) check_output(options.svg);
     if (*options.cosine) {
         check_task(t, m);
@@ -5141,15 +5249,7 @@ static void cosine(Session *s, const Schedule *schedule) {
         printf("\t%.6f", mean[i]);
     }
     putchar('\n');
-    if (options.svg) {
-        Row *cell = allocate(n * (int64_t)n, sizeof *cell, "cells of a figure");
-        for (int64_t i = 0; i < n * (int64_t)n; i++) cell[i].value = mean[i];
-        Figure g = {.view = MATRIX, .rows = n, .cols = n, .row_name = name, .col_name = name,
-                    .title = "Cosine similarity of hidden states", .subtitle = "",
-                    .x_label = "state after", .y_label = "state after",
-                    .cell = cell, .scale = {lowest, 1, false}};
-        write_svg(options.svg, &g);
-    }
+    if (options.svg) draw_cosines(m, schedule, t, (int64_t)done, name, mean, n, lowest);
 }
 
 // ------------------------------------------------------------------------------------------------

@@ -45,10 +45,10 @@ int main(int argc, char **argv) {
         write_svg(argv[3], &g);
         return 0;
     }
-    if (n && cols != 15) die("%s: %lld columns; there are 15", argv[2], (long long)cols);
+    if (n && cols != 16) die("%s: %lld columns; there are 16", argv[2], (long long)cols);
     Row *rows = allocate(n + 1, sizeof *rows, "rows");
     for (int64_t i = 0; i < n; i++) {
-        char **c = cell + 15 * i;
+        char **c = cell + 16 * i;
         Schedule s = {.method = c[2], .start = atoi(c[3]), .argument = atoll(c[4]),
                       .n_layers = atoi(c[6])};
         rows[i] = schedule_row(&s, c[5]);
@@ -62,9 +62,10 @@ int main(int argc, char **argv) {
         rows[i].first = *c[12] == '1';
         rows[i].bos = c[13];
         rows[i].family = c[14];
+        rows[i].items = atoll(c[15]);
     }
     Report made = make_report(rows, n);
-    if (!strcmp(argv[1], "table")) print_rows(stdout, made.rows, n);
+    if (!strcmp(argv[1], "table")) print_rows(stdout, made.rows, made.n);
     else if (!strcmp(argv[1], "summary")) report_summary(stdout, &made);
     else if (!strcmp(argv[1], "chart")) report_chart(stdout, &made);
     else if (!strcmp(argv[1], "figures") && argc > 3) report_figures(argv[3], &made);

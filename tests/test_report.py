@@ -18,14 +18,14 @@ import common
 SVG = "{http://www.w3.org/2000/svg}"
 NAN = float("nan")
 FIELDS = ("task", "metric", "method", "start", "arg", "schedule", "layers", "value", "error", "n",
-          "cut", "chance", "first", "bos", "family")
+          "cut", "chance", "first", "bos", "family", "items")
 
 
 def row(task, metric, method, value, start=-1, arg=-1, **more):
     """A result row with the names of struct Row."""
     made = dict(task=task, metric=metric, method=method, start=start, arg=arg, schedule="0 1 2",
                 layers=12, value=value, error=0.01, n=400, cut=0, chance=0.25, first=1, bos="no-bos",
-                family="llama")
+                family="llama", items=400)
     made.update(more)
     return made
 
@@ -126,21 +126,39 @@ def bert_summary(rows, method, start, arg):
 
 class Tables(unittest.TestCase):
     def test_table_holds_every_row(self):
+        """Of random, a row for each S: the mean over seeds and their deviation."""
         rows = study(LLAMA)
         found = table(report("table", rows))
-        self.assertEqual(len(found), len(rows))
-        key = lambda r: (r["task"], r["metric"], r["method"], r["start"], r["arg"])
-        right = {key(r): r for r in rows}
+        right = {}
+        for r in rows:
+            arg = "-" if r["method"] == "random" or r["arg"] < 0 else str(r["arg"])
+            start = "-" if r["start"] < 0 else str(r["start"])
+            right.setdefault((r["task"], r["metric"], r["method"], start, arg), []).append(r)
+        self.assertEqual(len(found), len(right))
         for line in found:
-            arg = -1 if line["seed/R"] == "-" else int(line["seed/R"])
-            start = -1 if line["S/k"] == "-" else int(line["S/k"])
-            r = right.pop((line["task"], line["metric"], line["method"], start, arg))
-            self.assertAlmostEqual(float(line["value"]), r["value"],
-                                   delta=6e-5 * max(1, abs(r["value"])))
-            self.assertAlmostEqual(float(line["error"]), r["error"], delta=6e-5)
+            mine = right.pop(tuple(line[k] for k in ("task", "metric", "method", "S/k", "seed/R")))
+            values = [r["value"] for r in mine]
+            value = statistics.mean(values)
+            error = statistics.stdev(values) if len(values) > 1 else mine[0]["error"]
+            self.assertAlmostEqual(float(line["value"]), value, delta=6e-5 * max(1, abs(value)))
+            self.assertAlmostEqual(float(line["error"]), error, delta=6e-5 * max(1, error))
+            self.assertEqual(line["seeds"], "10" if line["method"] == "random" else "-")
             self.assertEqual((line["items"], line["cut"], line["BOS"], line["path"]),
                              ("400", "0", "no-bos", "-"))
         self.assertFalse(right)
+
+    def test_unfinished_tasks_are_named(self):
+        rows = study(LLAMA, seeds=2)
+        self.assertNotIn("items", report("table", rows).split("path\n", 1)[1])
+        for r in rows:
+            if r["task"] == "arc" and r["method"] in ("skip", "random"):
+                r["n"] = 20
+            if r["task"] == "gsm8k":
+                r["n"] = 10
+        text = report("table", rows)
+        self.assertTrue(text.endswith("# arc: 20 to 400 of 400 items\n# gsm8k: 10 of 400 items\n\n"))
+        svg = figures(rows)["llama12-arc-acc_norm.svg"]
+        self.assertIn("20 to 400 of 400 items", "".join(e.text or "" for e in svg.iter(SVG + "text")))
 
     def test_order_of_rows_does_not_matter(self):
         rows = study(LLAMA)
@@ -186,7 +204,7 @@ class Summary(unittest.TestCase):
                 right = statistics.mean(values)
             else:
                 right = expected(rows, line["method"], start, arg)
-                self.assertEqual(line["error"], "-")
+                self.assertEqual((line["error"], line["seeds"]), ("-", "-"))
             self.assertAlmostEqual(float(line["value"]), right, delta=6e-5, msg=line)
 
     def test_llama_median(self):
@@ -207,13 +225,17 @@ class Summary(unittest.TestCase):
         gone = [r for r in rows if (r["task"], r["method"], r["start"]) != ("arc", "skip", 2)]
         text = report("summary", gone)
         self.assertTrue(text.splitlines()[0].endswith("tasks: 4"))
+        self.assertTrue(text.endswith(
+            "\n# Not in the summary: hard (baseline not above chance), strange (level of chance "
+            "unknown), text (perplexity)\n\n"))
         found = {(line["method"], line["S/k"]): line for line in table(text)}
         self.assertNotIn(("skip", "2"), found)
         self.assertAlmostEqual(float(found["skip", "3"]["value"]),
                                llama_summary(counted, "skip", 3, -1), delta=6e-5)
 
     def test_nothing_to_say(self):
-        self.assertTrue(report("summary", [row("a", "acc", "skip", 0.5, 3)]).startswith("# No "))
+        self.assertEqual(report("summary", [row("a", "acc", "skip", 0.5, 3)]),
+                         "# No summary: a (no baseline)\n\n")
         self.assertEqual(report("summary", []), "")
         self.assertEqual(report("table", []), "")
 
@@ -233,6 +255,22 @@ class Chart(unittest.TestCase):
                 levels = ["▁▂▃▄▅▆▇█".index(c) for c in line if c in "▁▂▃▄▅▆▇█"]
                 self.assertEqual(levels, sorted(levels))
                 self.assertGreater(levels[-1], levels[0])
+
+    def test_every_layer_has_its_bar(self):
+        """Where there are more layers than columns, the worst of neighbours is shown."""
+        for layers, least in ((38, 7), (60, 59), (61, 59), (100, 99)):
+            for metric in ("acc", "perplexity"):
+                good, bad = (0.9, 0.1) if metric == "acc" else (0.1, 0.9)
+                text = report("chart", [
+                    row("a", metric, "drop", bad if k == least else good, k, layers=layers,
+                        chance=NAN, error=NAN) for k in range(layers)])
+                line = next(l for l in text.splitlines() if l.startswith("  drop"))[20:]
+                step = 1 if layers <= 60 else 2
+                self.assertEqual(len(line), -(-layers // step))
+                self.assertEqual([i for i, c in enumerate(line) if c != line[0]], [least // step])
+                self.assertEqual("each bar the worst of 2" in text, step == 2)
+                self.assertIn("0.1 to 0.9", text)
+                self.assertNotIn("nan", text)
 
     def test_one_point(self):
         self.assertIn("▄", report("chart", [row("a", "acc", "skip", 0.5, 3, error=NAN, chance=NAN)])
@@ -330,6 +368,30 @@ class Figures(unittest.TestCase):
         self.assertIn("lambada: perplexity (lower is better)", texts)
         self.assertIn("1000", texts)
 
+    def test_wide_bars_leave_perplexities_their_axis(self):
+        rows = [row("a", "perplexity", "skip", 3.0 + s, s, error=700.0, chance=NAN)
+                for s in range(4)]
+        svg = figures(rows)["llama12-a-perplexity.svg"]
+        axis = [float(e.text) for e in svg.iter(SVG + "text") if e.get("text-anchor") == "end"]
+        self.assertGreater(min(axis), 2)
+        self.assertLess(max(axis), 7)
+
+    def test_notes_say_what_is_there(self):
+        def notes(rows, name="llama12-a-acc.svg"):
+            return list(figures(rows)[name].iter(SVG + "text"))[1].text.split("items")[1]
+        one = [row("a", "acc", "skip", 0.5, 3)]
+        seeds = [row("a", "acc", "random", 0.5 + k / 10, 3, k) for k in range(2)]
+        self.assertEqual(notes(one), "; bars: standard error")
+        self.assertEqual(notes(seeds), "; bars: of random the deviation over seeds")
+        self.assertEqual(notes(one + seeds),
+                         "; bars: standard error, of random the deviation over seeds")
+        self.assertEqual(notes([row("a", "acc", "skip", 0.5, 3, error=NAN)]), "")
+
+    def test_of_equal_cells_one_is_framed(self):
+        rows = [row("a", "acc", "loop", 0.5, 3, k) for k in range(1, 5)]
+        svg = figures(rows)["llama12-a-acc-loops.svg"]
+        self.assertEqual(data(svg, "best", "row"), [("1", "3")])
+
     def test_everything_lies_on_the_page(self):
         sets = [study(LLAMA), study(LLAMA, layers=32), study(BERT, family="bert", bos="-", layers=80),
                 study({"n" * 150: (["acc"], 0.25)}, seeds=1)]
@@ -413,6 +475,46 @@ class Figures(unittest.TestCase):
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500)))
         self.assertEqual(done.returncode, 1)
         self.assertIn("llama12-a-acc.svg: cannot be written", done.stderr)
+
+
+class Runs(unittest.TestCase):
+    """What the program itself makes of --svg and of runs without results."""
+    MODEL, TASK = (os.path.join(common.TESTS, "small", name) for name in ("llama.bin", "pronoun.tsv"))
+
+    def test_a_place_for_figures_is_checked_before_the_run(self):
+        folder = os.path.join(common.scratch(), "early")
+        os.mkdir(folder)
+        nowhere, one = os.path.join(folder, "none", "x"), os.path.join(folder, "x.svg")
+        out = os.path.join(folder, "out")
+        for where, sweep, said in ((nowhere, "skip", "cannot be made"),
+                                   (nowhere + ".svg", "skip", "cannot be made"),
+                                   (one, "skip,drop", "name a folder"), (one, "path:", "--sweep")):
+            path = os.path.join(folder, "paths")
+            with open(path, "w", encoding="ascii") as f:
+                f.write("0 1\n")
+            sweep = sweep.replace("path:", "path:" + path)
+            line = common.refused(self.MODEL, "--eval", self.TASK, "--sweep", sweep, "--svg", where,
+                                  "--out", out)
+            self.assertIn(said, line)
+            os.remove(path)
+            self.assertEqual(os.listdir(folder), [])
+        self.assertIn("cannot be made", common.refused(self.MODEL, "--cosine", "--prompt", "a",
+                                                       "--svg", nowhere))
+
+    def test_a_shard_without_items(self):
+        status, out, errors = common.execute(self.MODEL, "--eval", self.TASK, "--limit", "1",
+                                             "--shard", "2/2")
+        self.assertEqual((status, out), (0, b""))
+        self.assertIn("no results", errors)
+
+    def test_cosine_figure(self):
+        path = os.path.join(common.scratch(), "cosine.svg")
+        common.run(self.MODEL, "--cosine", "--prompt", "A & B", "--parallel", "3", "--svg", path)
+        texts = [e.text for e in ElementTree.parse(path).getroot().iter(SVG + "text")]
+        self.assertEqual(texts[1], "Llama, 12 layers, no-bos; “A & B”; parallel 3")
+        names = ["emb", "0", "1", "2", "3", "step 5", "9", "10", "11"]
+        for name in names:
+            self.assertEqual(texts.count(name), 2, name)
 
 
 class HeatMap(unittest.TestCase):
