@@ -223,7 +223,7 @@ class OddInputs(unittest.TestCase):
     def test_ten_megabytes_in_a_line(self):
         path = task("wide.tsv", b"kind=lastword\tmetrics=acc", b"bcf gjk " * 1250000, b"\tb\n")
         words = b" ".join(common.run(common.model("llama_gqa"), "--eval", path).split())
-        self.assertIn(b" 1 1 no-bos", words)    # one item, cut to the context and counted
+        self.assertIn(b" 1 - 1 no-bos", words)  # one item, cut to the context and counted
 
     def test_prompt_of_a_megabyte_is_refused(self):
         error = common.refused(common.model("llama_gqa"), "--prompt", "bcf " * 30000)
