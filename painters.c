@@ -3691,12 +3691,15 @@ static char *difference(const char *a, const char *b) {
     return t.s;
 }
 
+// Adds a task, which must be the one of that name that is there. How its line differs is looked for
+// behind the number of items, which the hash of its file says better.
 static void store_task(Store *st, Task *t) {
     for (int i = 0; i < st->n_tasks; i++) {
         if (strcmp(st->tasks[i]->name, t->name)) continue;
         if (!strcmp(st->tasks[i]->identity, t->identity)) return;
         die("%s: task %s is not the one of the other results (%s); keep them in files of their own",
-            t->path, t->name, difference(t->identity, st->tasks[i]->identity));
+            t->path, t->name, difference(strchr(t->identity + 6, '\t'),
+                                         strchr(st->tasks[i]->identity + 6, '\t')));
     }
     if (st->n_tasks == MAX_TASKS) die("%s: over %d tasks in one run", t->path, MAX_TASKS);
     t->index = st->n_tasks;
