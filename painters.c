@@ -4011,7 +4011,8 @@ static void keep_answers(Evaluation *e, Entry *x, int64_t from, int64_t end) {
 static void take_tokens(Evaluation *e) {
     const Task *t = e->t;
     const Model *m = e->s->model;
-    for (Target *v = e->target + e->n_targets; v-- > e->target;) {
+    for (int64_t j = e->n_targets; j-- > 0;) {
+        Target *v = &e->target[j];
         Text *text = &v->request->text;
         int64_t i = v->request - t->requests;
         char *cut = NULL;
