@@ -8,9 +8,12 @@ import json
 import math
 import os
 import re
+import struct
 import unittest
+import zlib
 
 import common
+import modelfile
 import test_tasks
 
 MAX_TOKENS = 24     # of gsm8k: the small models have no room for 256
@@ -181,6 +184,8 @@ GOOD = {"choice": "1\tcontext\ta\tb", "contexts": "1\ta\tone\ttwo", "lastword": 
 BAD_HEADERS = [CHOICE.replace("#painters-task\t1", "#painters-task\t2"), "0\ta\tb",
                CHOICE.replace("choice", "choices"), CHOICE.replace("=acc", "=matthews"),
                CHOICE.replace("\tmetrics=acc", ""), CHOICE + "\tchance=high",
+               *(CHOICE + "\tchance=" + chance
+                 for chance in ("nan", "inf", "-inf", "1e308", "1.01", "-5")),
                CHOICE + "\tcolour=red", CHOICE.replace("\tname=own", "")]
 
 
@@ -213,6 +218,36 @@ class Malformed(unittest.TestCase):
         found = [evaluate(common.model("llama_gqa"), [written(text, "form.tsv")]) for text in texts]
         self.assertEqual(found[1:], found[:1] * 2)
         self.assertEqual(found[0][0]["own"]["acc"][2], 2)
+
+    def test_long_texts_of_a_classifier_are_cut_and_counted(self):
+        """One text, or the first or the second of two; what fits to the token is not cut."""
+        fits = modelfile.read(common.model("bert_two"))["max_length"] - 2
+        rows = ["1\t" + "the " * n for n in (fits, fits + 1, 500000)]
+        rows += ["0\tthe cat\t" + "the " * 300, "0\t" + "the " * 300 + "\tthe cat"]
+        path = written("\n".join([CLASSIFY] + rows), "long.tsv")
+        out = os.path.join(common.scratch(), "long.out")
+        common.run(common.model("bert_two"), "--eval", path, "--out", out)
+        with open(out, encoding="utf-8") as f:
+            states = [line.split("\t")[3] for line in f if line.startswith("own\t")]
+        self.assertEqual(states, ["1", "2", "2", "2", "2"])
+
+    def test_a_llama_whose_texts_may_have_no_tokens(self):
+        """With a WordPiece tokenizer an item could never be done: refused."""
+        with open(common.model("llama_gqa"), "rb") as f:
+            data = bytearray(f.read())
+        head = dict(zip(modelfile.FIELDS, struct.unpack_from(modelfile.FORMAT, data)))
+        section = struct.pack("<IfII5sIIIi", 1, 0, 2, 5, b"[UNK]", 1, 0, 0, 0)
+        at = head["tokenizer_offset"]
+        data[at:at + head["tokenizer_bytes"]] = section.ljust(head["tokenizer_bytes"], b"\0")
+        head.update(tokenizer_bytes=len(section), tokenizer_kind=2, unk=0, crc32=0)
+        struct.pack_into(modelfile.FORMAT, data, 0, *head.values(), bytes(32))
+        struct.pack_into("<I", data, 32, zlib.crc32(data[:head["header_bytes"]]))
+        model = os.path.join(common.scratch(), "wordpiece.bin")
+        with open(model, "wb") as f:
+            f.write(data)
+        common.run(model, "--info")
+        path = written(HEADER % ("text", "token_perplexity") + "\n\u0301\n", "empty.tsv")
+        self.assertIn("tokenizer", common.refused(model, "--eval", path))
 
     def test_items_longer_than_the_context_are_cut_and_counted(self):
         long = "1\t" + "many words " * 30 + "\tone\ttwo"

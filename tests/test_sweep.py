@@ -111,6 +111,18 @@ class Sweep(unittest.TestCase):
         self.check_separate(common.model("bert_two"), tasks[:1], "skip,parallel,drop,swap", "--probe",
                             tasks[0])
 
+    def test_probes_are_kept_in_groups(self):
+        """Some schedules are done with all items before others have begun: a run that is killed
+        loses one group."""
+        tasks = bert_tasks()
+        _, _, out = self.evaluate(common.model("bert_two"), tasks[:1], "--sweep",
+                                  "skip,repeat,reverse,parallel,drop,swap", "--probe", tasks[0],
+                                  "--batch", 20)
+        keys = [line.split("\t")[1] for line in lines(out)]
+        self.assertGreater(len(set(keys)), 16)
+        ends = min(len(keys) - 1 - keys[::-1].index(key) for key in keys)
+        self.assertLess(ends, max(map(keys.index, keys)))
+
     def test_batch_and_threads(self):
         model, tasks = common.model("llama_gqa"), llama_tasks()
         logs = [sorted(self.evaluate(model, tasks, "--sweep", "parallel,loop:2", *flags)[1])
@@ -247,15 +259,37 @@ class Kept(unittest.TestCase):
                          common.run("--report", self.out))
 
     def test_other_settings_are_refused(self):
-        common.run(self.model, *self.flags, "--out", self.out)
-        for model, flags in ((self.model, [*self.flags, "--bos"]),
-                             (self.model, [*self.flags, "--kv", "mean"]),
-                             (common.model("llama_mha"), self.flags)):
-            self.assertIn("other settings", common.refused(model, *flags, "--out", self.out))
+        common.run(self.model, *self.flags, "--kernels", "generic", "--out", self.out)
+        self.flags += ["--kernels", "generic"]
+        for model, flags, what in (
+                (self.model, [*self.flags, "--bos"], "(bos=no-bos, not bos=bos)"),
+                (self.model, [*self.flags, "--kv", "mean"], "(kv=exact, not kv=mean)"),
+                (self.model, [*self.flags, "--kernels", "plain"],
+                 "(kernels=generic, not kernels=plain)"),
+                (common.model("llama_mha"), self.flags, "(model=")):
+            error = common.refused(model, *flags, "--out", self.out)
+            self.assertIn("other settings", error)
+            self.assertIn(what, error)
         with open(self.tasks[1], "a", encoding="utf-8") as f:
             f.write("0\tcat\tthe red\tthe big\n")
         self.addCleanup(llama_tasks)
-        self.assertIn("contexts", common.refused(self.model, *self.flags, "--out", self.out))
+        error = common.refused(self.model, *self.flags, "--out", self.out)
+        self.assertIn("contexts", error)
+        self.assertIn("(file=", error)
+
+    def test_another_probe_is_refused_by_name(self):
+        model, (task, other) = common.model("bert_two"), bert_tasks()
+        flags = ["--eval", task, "--out", self.out]
+        common.run(model, *flags, "--probe", task)
+        for more, what in ((["--probe", task, "--strength", 2], "(strength=1, not strength=2)"),
+                           (["--probe", other], "(probe=")):
+            self.assertIn(what, common.refused(model, *flags, *more))
+
+    def test_the_only_head_may_be_spelled_out(self):
+        model, tasks = common.model("bert_two"), bert_tasks()
+        flags = ["--eval", *tasks, "--out", self.out]
+        right = common.run(model, *flags)
+        self.assertEqual(right, common.run(model, *flags, "--head", "classifier"))
 
     def test_damaged_files_are_refused(self):
         common.run(self.model, *self.flags, "--out", self.out)
@@ -270,6 +304,35 @@ class Kept(unittest.TestCase):
                 with open(self.out, "wb") as f:
                     f.write(data[:record] + data[record:] + damage)
                 common.refused("--report", self.out)
+
+    def test_impossible_values_are_refused(self):
+        common.run(self.model, *self.flags, "--out", self.out)
+        bert = self.out + ".bert"
+        common.run(common.model("bert_two"), "--eval", *bert_tasks(), "--out", bert)
+        for path, lists in ((self.out, {"choice": ["inf 0", "1e308 0", "0 0.5", "nan 1", "0 -1"],
+                                        "contexts": ["2"], "made": ["1 1e308"],
+                                        "last": ["5 1", "-1e3 2", "inf 0", "-1 nan"],
+                                        "running": ["-9 1.5 2 9 0", "-9 2 -1 9 0", "7 2 2 9 0",
+                                                    "-9 2 2 inf 0", "-9 2 2 9 nan"]}),
+                            (bert, {"pairs": ["0 2", "0.5 0", "nan 0", "0 -1"]})):
+            with open(path, encoding="utf-8") as f:
+                head = [line for line in f if line[0] == "#"]
+            for task, values in lists.items():
+                for text in values:
+                    with open(path, "w", encoding="utf-8") as f:
+                        f.writelines([*head, "\t".join([task, "baseline", "0", "1", *text.split()]),
+                                      "\n"])
+                    self.assertIn("a value is no number", common.refused("--report", path), text)
+        with open(self.out, "w", encoding="utf-8") as f:    # what a model may say
+            header = "#task\t1\tfile=0\tname=t\tkind=lastword\tmetrics=perplexity"
+            f.write("#painters-results\t1\tmodel=0\tfamily=llama\tlayers=2\tbos=bos\n" + header +
+                    "\nt\tbaseline\t0\t1\tnan\t0\n")
+        self.assertIn(b"perplexity  baseline", common.run("--report", self.out))
+        for chance in ("nan", "inf", "1e308", "-5"):
+            with open(self.out, "w", encoding="utf-8") as f:
+                f.write("#painters-results\t1\tmodel=0\tfamily=llama\tlayers=2\tbos=bos\n" +
+                        header + "\tchance=" + chance + "\n")
+            self.assertIn("chance", common.refused("--report", self.out))
 
     def test_full_disk(self):
         full = self.out + ".full"
