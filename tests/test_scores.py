@@ -65,8 +65,8 @@ def evaluate(model, tasks, *flags):
     figures, answers = {}, {}
     for line in out.split("\n"):
         words = line.split()
-        if len(words) >= 11 and words[0] not in ("task", "#"):
-            task, metric, value, error, items, cut = [words[i] for i in (0, 1, 5, 6, 7, 8)]
+        if len(words) >= 12 and words[0] not in ("task", "#"):
+            task, metric, value, error, items, cut = [words[i] for i in (0, 1, 5, 6, 7, 9)]
             figures.setdefault(task, {})[metric] = (float(value), float(error.replace("-", "nan")),
                                                     int(items), int(cut))
     with open(log, encoding="utf-8", errors="replace", newline="\n") as f:
