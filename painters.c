@@ -1025,8 +1025,10 @@ END_TARGET
 #define exp_of ON_PATH(exp_of)
 #define weigh ON_PATH(weigh)
 #undef VECS
+#undef TILE_ROWS
 #undef IN_REGISTER
 #define VECS (WIDE / LANES)             // vectors side by side in attention
+#define TILE_ROWS(n) ((n) == 1 ? 4 : ACCUMULATORS / (n))    // of W that meet n rows of x
 #ifdef __x86_64__                       // else compilers read a vector anew for each of its uses
 #define IN_REGISTER(v) __asm__("" : "+v"(v))
 #else
@@ -1123,7 +1125,7 @@ static void widen_part(float *out, const Tensor *w, int64_t row, int64_t k, int6
 // Outputs of n rows of x from i0 on and m of W from r0 on. Rows that W lacks repeat its last one.
 // Each full tile fetches its part of the rows of x that come next.
 INLINE void outputs_of(const Block *p, int64_t i0, int64_t r0, const int n, const int type) {
-    const int bytes = WEIGHT_BYTES(type), m = n == 1 ? 8 : ACCUMULATORS / n;
+    const int bytes = WEIGHT_BYTES(type), m = TILE_ROWS(n);
     const float *x = p->x + i0 * p->ldx, *next = x + n * p->ldx + r0 * p->depth * n / PANEL;
     float *y = p->y + i0 * p->ldy + r0;
     vec sum[4][12], factor[12];
@@ -1140,6 +1142,11 @@ INLINE void outputs_of(const Block *p, int64_t i0, int64_t r0, const int n, cons
     for (int64_t k = 0; k < p->depth; k += 32) {
         if (n * m == ACCUMULATORS) __builtin_prefetch(next + k / (PANEL / ACCUMULATORS));
         if (n * m == PANEL) __builtin_prefetch(next + k + 16);
+        if (n == 1) {                   // decoding waits for memory: the next rows of W, too
+            UNROLL for (int j = 0; j < m; j++) {
+                __builtin_prefetch(from[j] + (m * p->w->cols + k) * bytes, 0, 2);
+            }
+        }
         if (type == Q8) {
             UNROLL for (int j = 0; j < m; j++) factor[j] = load_scale(scale[j] + k / 32);
         }
@@ -1166,12 +1173,12 @@ INLINE void outputs_of(const Block *p, int64_t i0, int64_t r0, const int n, cons
     }
 }
 
-// Few rows of x meet many of W at a time, since then reading W is what takes time.
+// The same for all of the panel and n rows of x.
 static void outputs(const Block *p, int64_t n) {
     const int64_t most = ACCUMULATORS == 24 ? 4 : 3;
     for (int64_t i = 0, left = (n + most - 1) / most, some; i < n; i += some, left--) {
         some = (n - i + left - 1) / left;
-        for (int64_t r = 0; r < p->rows; r += some == 1 ? 8 : ACCUMULATORS / some) {
+        for (int64_t r = 0; r < p->rows; r += TILE_ROWS(some)) {
             switch (4 * p->w->type + some) {
 #define TILE(n, type) case 4 * type + n: outputs_of(p, i, r, n, type); break
             TILE(1, F32); TILE(1, F16); TILE(1, BF16); TILE(1, Q8);
@@ -1224,7 +1231,7 @@ static void share_of_matmul(float *y, const float *x, const Tensor *w, int64_t n
         int64_t k = i / n * DEPTH, here = w->cols - k < DEPTH ? w->cols - k : DEPTH;
         widen_part(copy + i * (DEPTH + PAD), &rows_of_x, i % n, k, here);
     }
-    #pragma omp for schedule(dynamic, 1) nowait
+    #pragma omp for schedule(dynamic, n <= FEW ? 4 : 1) nowait
     for (int64_t i = 0; i < panels * chunks; i++) {
         int64_t first = i % chunks * chunk, some = n - first < chunk ? n - first : chunk;
         int64_t row = i / chunks * PANEL, rows = w->rows - row < PANEL ? w->rows - row : PANEL;
