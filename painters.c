@@ -1684,6 +1684,7 @@ typedef struct {
     int64_t capacity;           // tokens there is room for, a multiple of 16
     int64_t n_slots;            // places of the schedule that keep their keys and values. 1: they
                                 // are read in this pass only, and one slot serves every layer
+    int64_t bytes;              // of its keys and values:
     float *data;                // [n_slots][kv_heads] x { K [capacity/16][head_dim][16],
                                 //                         V [capacity][value_stride] }
 } Sequence;
@@ -1714,7 +1715,7 @@ typedef struct {                // everything a forward pass needs beside the mo
     float *gate, *up;                           // [rows][hidden]
     float *rope;                                // [rows][head_dim / 2][2]: cosine and sine
     float *work;                                // what all these are pieces of,
-    int64_t work_rows;                          // and the rows there is room for
+    int64_t work_rows, work_bytes;              // and the rows there is room for
     int64_t layer_passes;                       // layers run so far
 } Session;
 
@@ -1758,6 +1759,7 @@ static int sequence_new(Session *s, int parent, int64_t capacity, int64_t n_slot
     q->start = q->end = p ? p->end : 0;
     q->capacity = (capacity + 15) / 16 * 16;
     q->n_slots = n_slots;
+    q->bytes = q->capacity * n_slots * width * (int64_t)sizeof *q->data;
     float *data = allocate(q->capacity * n_slots, width * (int64_t)sizeof *data, "key/value cache");
     release(q->data);
     q->data = data;
@@ -1768,6 +1770,7 @@ static int sequence_new(Session *s, int parent, int64_t capacity, int64_t n_slot
 static void sequence_close(Session *s, int i) {
     release(s->sequences[i].data);
     s->sequences[i].data = NULL;
+    s->sequences[i].bytes = 0;
 }
 
 // Adds a token to the batch and to its sequence. The rows of a sequence stand together, and those
@@ -2000,6 +2003,7 @@ static void session_room(Session *s) {
         release(s->work);
         s->work = work;
         s->work_rows = n;
+        s->work_bytes = n * width * (int64_t)sizeof *work;
     }
     float *at = s->work;
     for (int i = 0; i < PIECES; at += n * pieces[i++].width) *pieces[i].p = at;
@@ -3971,6 +3975,7 @@ typedef struct {                // the evaluator at work on the items of one tas
     int64_t prefix;             // tokens that all requests begin with, kept as sequence 0; or 0
     int64_t answers, answers_due;
     int64_t separate_passes;    // layer passes that a run of its own per schedule would need
+    double cache_bytes, prefix_bytes;       // of keys and values, of kept prefixes: the most so far
     double started;
     FILE *log;
 } Evaluation;
@@ -4136,6 +4141,9 @@ static void take_tokens(Evaluation *e) {
 static void walk(Evaluation *e) {
     Session *s = e->s;
     int64_t size = s->batch.n_rows * s->model->dim;
+    double bytes = 0;
+    for (int64_t i = 0; i < s->n_sequences; i++) bytes += (double)s->sequences[i].bytes;
+    e->cache_bytes = fmax(e->cache_bytes, bytes);
     embed(s);
     for (int64_t k = 0; k < e->n; k++) {
         Entry *x = e->entry[k];
@@ -4273,6 +4281,7 @@ static void run_requests(Evaluation *e, Task *t) {
     if (e->prefix) {
         int q = sequence_new(s, -1, e->prefix, schedule_slots(s, &e->entry[0]->schedule));
         add_rows(s, t, t->requests, q, 0, e->prefix);
+        e->prefix_bytes = fmax(e->prefix_bytes, (double)s->sequences[q].bytes);
         walk(e);
     }
     for (fill_batch(e); s->batch.n_rows; fill_batch(e)) walk(e);
@@ -5258,6 +5267,8 @@ static void evaluate(Session *s, Schedule schedule) {
     for (int i = 0; i < st->n_wanted_tasks; i++) run_task(&e, st->tasks[i]);
     if (st->out) close_written(st->out, out);
     if (e.log) close_written(e.log, options.log);
+    warn("memory: %.1f MB of activations, %.1f MB of keys and values, %.1f MB of kept prefixes",
+         (double)s->work_bytes / 1e6, e.cache_bytes / 1e6, e.prefix_bytes / 1e6);
     if (options.sweep && s->layer_passes) {
         warn("layer passes: %lld run, %lld for a run of its own per schedule: %.2f times less",
              (long long)s->layer_passes, (long long)e.separate_passes,
