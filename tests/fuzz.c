@@ -49,20 +49,20 @@ static _Noreturn void fuzz_exit(int status);
 #undef exit
 
 // What a run that ends in exit() leaves behind is given back here, so that hours fit in memory.
-typedef struct Block {
-    struct Block *next, *before;
+typedef struct Allocation {
+    struct Allocation *next, *before;
     size_t bytes[2];                            // keeps what follows aligned
-} Block;
-static Block blocks = {&blocks, &blocks, {0}};
+} Allocation;
+static Allocation blocks = {&blocks, &blocks, {0}};
 static bool keep_memory = true;                 // what was allocated before the first input stays
 
 static void *fuzz_calloc(size_t n, size_t size) {
     if (size && n > ((size_t)1 << 31) / size) abort();     // inputs of some kilobytes do not justify it
-    Block *b = calloc(1, sizeof *b + n * size);
+    Allocation *b = calloc(1, sizeof *b + n * size);
     if (!b) abort();
     b->next = b->before = b;
     if (!keep_memory) {
-        *b = (Block){blocks.next, &blocks, {n * size}};
+        *b = (Allocation){blocks.next, &blocks, {n * size}};
         blocks.next = b->next->before = b;
     }
     return b + 1;
@@ -70,7 +70,7 @@ static void *fuzz_calloc(size_t n, size_t size) {
 
 static void fuzz_free(void *p) {
     if (!p) return;
-    Block *b = (Block *)p - 1;
+    Allocation *b = (Allocation *)p - 1;
     b->before->next = b->next;
     b->next->before = b->before;
     free(b);
