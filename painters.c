@@ -808,6 +808,14 @@ static float *scratch(int slot, int64_t floats) {
     return memory[slot].p;
 }
 
+// The next piece of work that no thread has taken.
+static int64_t take(int64_t *next) {
+    int64_t i;
+    #pragma omp atomic capture
+    i = (*next)++;
+    return i;
+}
+
 // float16 has 5 bits of exponent and 10 of fraction; exponent 0 is fraction * 2^-24, 31 is inf/nan.
 static float from_f16(uint16_t h) {
     uint32_t magnitude = h & 0x7fff;
@@ -1217,10 +1225,10 @@ static void outputs_in_blocks(const Block *whole, int64_t n, const float *copy, 
     }
 }
 
-// A thread's share of a matmul: of the copying first, then of the outputs. It is called by all
-// threads, or by one alone outside of any parallel region, where OpenMP's loops cost nothing.
+// A thread's share of a matmul: of the copying first, then of the outputs, taken as they come. All
+// threads call it, or one alone outside of any parallel region, where that costs nothing.
 static void share_of_matmul(float *y, const float *x, const Tensor *w, int64_t n, bool direct,
-                            float *copy) {
+                            float *copy, int64_t *next) {
     static const float no_bias[PANEL];
     const Tensor rows_of_x = {.type = F32, .rows = n, .cols = w->cols, .data = x};
     int64_t blocks = direct ? 0 : (w->cols + DEPTH - 1) / DEPTH;
@@ -1231,8 +1239,7 @@ static void share_of_matmul(float *y, const float *x, const Tensor *w, int64_t n
         int64_t k = i / n * DEPTH, here = w->cols - k < DEPTH ? w->cols - k : DEPTH;
         widen_part(copy + i * (DEPTH + PAD), &rows_of_x, i % n, k, here);
     }
-    #pragma omp for schedule(dynamic, n <= FEW ? 4 : 1) nowait
-    for (int64_t i = 0; i < panels * chunks; i++) {
+    for (int64_t i; (i = take(next)) < panels * chunks;) {
         int64_t first = i % chunks * chunk, some = n - first < chunk ? n - first : chunk;
         int64_t row = i / chunks * PANEL, rows = w->rows - row < PANEL ? w->rows - row : PANEL;
         Block p = {.w = w, .row = row, .rows = rows, .x = x + first * w->cols, .ldx = w->cols,
@@ -1247,11 +1254,12 @@ static void ON_PATH(matmul)(float *y, const float *x, const Tensor *w, int64_t n
     bool cheap = LANES == 16 && (w->type == F16 || w->type == BF16);     // to widen for each tile
     bool direct = w->cols % 32 == 0 && (n <= FEW || cheap);     // without copies of x and W
     float *copy = scratch(0, direct ? 0 : (w->cols + DEPTH - 1) / DEPTH * n * (DEPTH + PAD));
+    int64_t next = 0;
     if (n * w->rows * w->cols > 1 << 21) {
         #pragma omp parallel
-        share_of_matmul(y, x, w, n, direct, copy);
+        share_of_matmul(y, x, w, n, direct, copy, &next);
     } else {
-        share_of_matmul(y, x, w, n, direct, copy);
+        share_of_matmul(y, x, w, n, direct, copy, &next);
     }
 }
 
@@ -1550,7 +1558,7 @@ static void amx_outputs(float *y, const uint16_t *x, const Tensor *w, int64_t n,
 }
 
 static void share_of_matmul_amx(float *y, const float *x, const Tensor *w, int64_t n,
-                                uint16_t *packed) {
+                                uint16_t *packed, int64_t *next) {
     int64_t groups = (n + 31) / 32 * 2, blocks = (w->cols + AMX_DEPTH - 1) / AMX_DEPTH;
     int64_t panel = n <= FEW ? 32 : AMX_PANEL, panels = (w->rows + panel - 1) / panel;
     int64_t chunks = (n + AMX_CHUNK - 1) / AMX_CHUNK;
@@ -1559,8 +1567,7 @@ static void share_of_matmul_amx(float *y, const float *x, const Tensor *w, int64
     for (int64_t i = 0; i < blocks * groups; i++) {
         amx_pack(packed + i * AMX_GROUP, &rows, i % groups * 16, i / groups * AMX_DEPTH, true);
     }
-    #pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t i = 0; i < panels * chunks; i++) {
+    for (int64_t i; (i = take(next)) < panels * chunks;) {
         int64_t first = i % chunks * AMX_CHUNK, row = i / chunks * panel;
         amx_outputs(y, packed, w, n, first, n - first < AMX_CHUNK ? n - first : AMX_CHUNK, row,
                     w->rows - row < panel ? w->rows - row : panel);
@@ -1570,11 +1577,12 @@ static void share_of_matmul_amx(float *y, const float *x, const Tensor *w, int64
 static void matmul_amx(float *y, const float *x, const Tensor *w, int64_t n) {
     int64_t groups = (n + 31) / 32 * 2, blocks = (w->cols + AMX_DEPTH - 1) / AMX_DEPTH;
     uint16_t *packed = (uint16_t *)(void *)scratch(0, blocks * groups * AMX_GROUP / 2);
+    int64_t next = 0;
     if (n * w->rows * w->cols > 1 << 21) {
         #pragma omp parallel
-        share_of_matmul_amx(y, x, w, n, packed);
+        share_of_matmul_amx(y, x, w, n, packed, &next);
     } else {
-        share_of_matmul_amx(y, x, w, n, packed);
+        share_of_matmul_amx(y, x, w, n, packed, &next);
     }
 }
 END_TARGET

@@ -472,7 +472,7 @@ class Figures(unittest.TestCase):
         done = subprocess.run(      # with Python's SIGXFSZ, which is ignored
             [common.build("report"), "figures", write([row("a", "acc", "skip", 0.5, 3)]), folder],
             capture_output=True, text=True, check=False, restore_signals=False,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500)))
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)))
         self.assertEqual(done.returncode, 1)
         self.assertIn("llama12-a-acc.svg: cannot be written", done.stderr)
 

@@ -340,7 +340,7 @@ class Kept(unittest.TestCase):
             done = subprocess.run(
                 [common.painters(), *map(str, (self.model, *self.flags, flag, full))],
                 capture_output=True, text=True, check=False,
-                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500)))
+                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)))
             self.assertEqual(done.returncode, 1)
             self.assertIn(".full: cannot be written", done.stderr)
             os.remove(full)
