@@ -4235,7 +4235,8 @@ static void fill_batch(Evaluation *e) {
         session_reset(s, e->prefix > 0);
         e->n_targets = 0;
     }
-    for (Target *v = e->target; v < e->target + e->n_targets; v++) {
+    for (int64_t i = 0; i < e->n_targets; i++) {
+        Target *v = &e->target[i];
         v->row = s->batch.n_rows;
         batch_add(s, v->sequence, v->best, 0);
         cached += s->sequences[v->sequence].capacity;
@@ -4387,7 +4388,8 @@ static int64_t make_summary(Row *out, const Row *rows, int64_t n, Text *left) {
     bool llama = n && is_llama(rows);
     const Row *task = NULL;
     const char *why = NULL;
-    for (const Row *r = rows; r < rows + n; r++) {
+    for (int64_t i = 0; i < n; i++) {
+        const Row *r = &rows[i];
         if (!task || strcmp(r->task, task->task)) {
             task = r;
             why = left_out(task);
@@ -4907,8 +4909,8 @@ static void report_summary(FILE *f, const Report *report) {
 
 // Every task's first metric, and the summary of several.
 static void report_chart(FILE *f, const Report *report) {
-    for (const Figure *g = report->figures; g < report->figures + report->n_figures; g++) {
-        if (g->panel->first) print_chart(f, g);
+    for (int64_t i = 0; i < report->n_figures; i++) {
+        if (report->figures[i].panel->first) print_chart(f, &report->figures[i]);
     }
 }
 
@@ -4941,7 +4943,8 @@ static bool check_figures(const char *where, int64_t n) {
 static void report_figures(const char *where, const Report *report) {
     int64_t n = report->n_figures;
     bool folder = check_figures(where, n);
-    for (const Figure *g = report->figures; g < report->figures + n; g++) {
+    for (int64_t i = 0; i < n; i++) {
+        const Figure *g = &report->figures[i];
         const Row *r = g->panel;
         char *name = text_of("%s%d%s-%s%s%s%s.svg", r->family, r->layers,
                              strcmp(r->bos, "bos") ? "" : "-bos", r->task,
@@ -5093,7 +5096,8 @@ static Report store_report(const Store *st, bool planned) {
         const Task *t = st->tasks[k];
         int64_t width = t->kind->width;
         double *values = allocate(t->n_items * width, sizeof *values, "results");
-        for (const Entry *e = st->entries; e < st->entries + st->n_wanted; e++) {
+        for (int64_t at = 0; at < st->n_wanted; at++) {
+            const Entry *e = &st->entries[at];
             Row r = schedule_row(&e->schedule, e->text);
             r.task = t->name;
             r.chance = t->chance;
@@ -5196,7 +5200,8 @@ static void run_task(Evaluation *e, Task *t) {
     Entry **entry = allocate(st->n_wanted, sizeof *entry, "schedules");
     int64_t n = 0, most = t->kind->output == GENERATES ? 1 : st->n_wanted;
     if (e->train) most = probe_group(e->train->n_items * e->s->model->dim);
-    for (Entry *x = st->entries; x < st->entries + st->n_wanted; x++) {
+    for (int64_t i = 0; i < st->n_wanted; i++) {
+        Entry *x = &st->entries[i];
         if (count_due(x, t, NULL)) entry[n++] = x;
     }
     plan_walk(entry, n);
@@ -5412,7 +5417,8 @@ static void print_info(const Model *m) {
     for (int t = 0; t < N_TYPES; t++) {
         if (count[t]) printf(" %lld %s", (long long)count[t], type_names[t]);
     }
-    for (const Head *h = m->heads; h < m->heads + m->n_heads_named; h++) {
+    for (int i = 0; i < m->n_heads_named; i++) {
+        const Head *h = &m->heads[i];
         printf("\nhead          %s: %s", h->name, h->regression ? "regression" : "labels");
         for (int j = 0; j < h->n_labels; j++) printf(" %s", h->labels[j]);
     }
