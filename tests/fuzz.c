@@ -61,6 +61,7 @@ static void *fuzz_calloc(size_t n, size_t size) {
     Allocation *b = calloc(1, sizeof *b + n * size);
     if (!b) abort();
     b->next = b->before = b;
+    #pragma omp critical (blocks)               // a bootstrap's threads allocate too
     if (!keep_memory) {
         *b = (Allocation){blocks.next, &blocks, {n * size}};
         blocks.next = b->next->before = b;
@@ -71,8 +72,11 @@ static void *fuzz_calloc(size_t n, size_t size) {
 static void fuzz_free(void *p) {
     if (!p) return;
     Allocation *b = (Allocation *)p - 1;
-    b->before->next = b->next;
-    b->next->before = b->before;
+    #pragma omp critical (blocks)
+    {
+        b->before->next = b->next;
+        b->next->before = b->before;
+    }
     free(b);
 }
 
