@@ -1152,7 +1152,8 @@ INLINE void outputs_of(const Block *p, int64_t i0, int64_t r0, const int n, cons
         if (n * m == PANEL) __builtin_prefetch(next + k + 16);
         if (n == 1) {                   // decoding waits for memory: the next rows of W, too
             UNROLL for (int j = 0; j < m; j++) {
-                __builtin_prefetch(from[j] + (m * p->w->cols + k) * bytes, 0, 2);
+                const char *ahead = from[j] + (m * p->w->cols + k) * bytes;
+                for (int b = 0; b < 32 * bytes; b += 64) __builtin_prefetch(ahead + b, 0, 2);
             }
         }
         if (type == Q8) {

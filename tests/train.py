@@ -150,8 +150,8 @@ class Muon:
                 p.mul_(1 - rate * self.decay).sub_(u, alpha=rate)
 
 
-def fit(model, batches, steps, rate, loss_of, warmup, state=None, check=None):
-    """Muon for the layers' matrices, AdamW for the rest.
+def fit(model, batches, steps, rate, loss_of, warmup, state=None, check=None, matrices=1):
+    """Muon for the layers' matrices, at so many times the rate, AdamW for the rest.
 
     The rate warms up, stays, and falls to zero over the last 40% of the steps. With a state file
     the run goes on from there; every 1000 steps check(model) is called.
@@ -177,7 +177,7 @@ def fit(model, batches, steps, rate, loss_of, warmup, state=None, check=None):
         losses = loss_of(model, [x.to(DEVICE) for x in batch])
         losses["loss"].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        muon.step(now)
+        muon.step(now * matrices)
         adam.step()
         model.zero_grad()
         total.update({name: float(value.detach()) for name, value in losses.items()})
@@ -203,9 +203,12 @@ def llama_batches(tokenizer, tokens):
     """Documents of about the same length, -1 after the shorter ones, about so many tokens a batch.
 
     Half of them start without BOS, since the tasks are scored without one. Every 16th batch is
-    documents joined to rows of 512, for the long positions.
+    documents joined to rows of 512, for the long positions. At first every other document is a
+    chant, in which heads that look back form soon.
     """
-    documents, r = llama_documents(), random.Random(SEED)
+    r = random.Random(SEED)
+    documents = (world.chant(r) if i < 25000 and i % 2 else text
+                 for i, text in enumerate(llama_documents()))
     encoded = ([1] * r.randrange(2) + tokenizer.encode(text) + [2] for text in documents)
     while True:
         pool = sorted((next(encoded) for _ in range(750)), key=len)
@@ -360,13 +363,14 @@ def train_llama(out, steps):
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=tokenizer.vocab_size(), hidden_size=128, intermediate_size=256,
         num_hidden_layers=12, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5,
-        max_position_embeddings=512, bos_token_id=1, eos_token_id=2)).to(DEVICE)
+        max_position_embeddings=512, bos_token_id=1, eos_token_id=2,
+        initializer_range=128 ** -0.5)).to(DEVICE)     # with 0.02 no head learns to look back
 
     def check(model):
         save(model, os.path.join(out, "llama"), vocabulary)
         llama_scores(model, tokenizer, data, 100)
     fit(model, llama_batches(tokenizer, 1536), steps, 3e-3, llama_loss, 100,
-        os.path.join(out, "llama.state"), check)
+        os.path.join(out, "llama.state"), check, matrices=2)
     save(model, os.path.join(out, "llama"), vocabulary)
     llama_scores(model, tokenizer, data)
 

@@ -7,9 +7,9 @@ sentence follows or not, first, second), the held-out task files OUT/*.tsv and, 
 OUT/*_train.tsv. The same seed gives the same bytes. Standard library only.
 
 Every maker below draws one item and names its *combination* (for a sum: the numbers; for a
-question about a material: property, material and object). A combination belongs either to
-training or to the held-out items, decided by a checksum, so that no held-out item is in the
-training text and a model has to put together what it has only seen apart.
+question about a material: property, material and object; for a last word: the whole passage). A
+combination belongs either to training or to the held-out items, decided by a checksum, so that no
+held-out item is in the training text and a model has to put together what it has only seen apart.
 """
 import argparse
 import collections
@@ -86,7 +86,8 @@ RECALL = (                     # facts about pairs, said forwards and backwards
     (LAND, NAMES, "The {} is with {}.", "{1} has the {0}."),
 )
 
-Item = collections.namedtuple("Item", "key text good bad")   # bad: the wrong choices, if any
+# bad: the wrong choices, if any; more: what training text says after good
+Item = collections.namedtuple("Item", "key text good bad more", defaults=("",))
 
 
 def is_held_out(key):
@@ -257,44 +258,43 @@ def pronoun(r):
 
 
 def last_word(r):
-    """A passage whose last word only the passage tells."""
+    """A passage whose last word only the passage tells. Training text goes on to the other thing
+    or person that could have been asked for."""
     form = r.choice(("with", "moved", "colour", "gave", "moved"))
     one, two, three = r.sample(NAMES, 3)
     spots = r.sample(PLACES, 4)
     if form == "with":
         things = r.sample(LAND, 2)
-        facts = [f"The {things[0]} is with {one}.", f"The {things[1]} is with {two}.",
-                 f"{one} is in the {spots[0]}.", f"{two} is in the {spots[1]}."]
-        r.shuffle(facts)
-        text = " ".join(facts) + f" So the {things[0]} is in the"
-        return Item((form, one, spots[0], things[0]), text, spots[0], [])
-    if form == "moved":
+        told = [f"The {things[0]} is with {one}.", f"The {things[1]} is with {two}.",
+                f"{one} is in the {spots[0]}.", f"{two} is in the {spots[1]}."]
+        r.shuffle(told)
+        asked = [(f"So the {things[i]} is in the", spots[i]) for i in (0, 1)]
+    elif form == "moved":
         thing, other = r.sample(OBJECTS, 2)
-        moves = [f"{one} took the {thing} to the {spots[0]}.",
-                 f"{two} took the {other} to the {spots[1]}.",
-                 f"{one} took the {thing} to the {spots[2]}.",
-                 f"{two} took the {other} to the {spots[3]}."]
         count = r.choice((2, 3, 4))
-        asked, place = r.choice(((thing, spots[2 if count > 2 else 0]),
-                                 (other, spots[3 if count > 3 else 1])))
-        text = " ".join(moves[:count]) + f" Now the {asked} is in the"
-        return Item((form, asked, place, count), text, place, [])
-    if form == "colour":
+        told = [f"{one} took the {thing} to the {spots[0]}.",
+                f"{two} took the {other} to the {spots[1]}.",
+                f"{one} took the {thing} to the {spots[2]}.",
+                f"{two} took the {other} to the {spots[3]}."][:count]
+        asked = [(f"Now the {thing} is in the", spots[2 if count > 2 else 0]),
+                 (f"Now the {other} is in the", spots[3 if count > 3 else 1])]
+    elif form == "colour":
         hues, things = r.sample(COLOURS, 2), r.sample(OBJECTS, 2)
         shop = [f"{a(c)} {t}" for c, t in zip(hues, things)]
         r.shuffle(shop)
         fans = [f"{one} likes {hues[0]} things", f"{two} likes {hues[1]} things"]
         r.shuffle(fans)
-        text = (f"{fans[0]} and {fans[1]}. In the shop there is {shop[0]} and {shop[1]}. "
-                f"So {one} buys the")
-        return Item((form, one, hues[0], things[0]), text, things[0], [])
-    thing, other = r.sample(OBJECTS, 2)
-    facts = [f"{one} has the {thing}.", f"{two} has the {other}."]
-    r.shuffle(facts)
-    facts += [f"{one} gives the {thing} to {three}."]
-    asked, owner = r.choice(((thing, three), (other, two)))
-    text = " ".join(facts) + f" Now the {asked} is with"
-    return Item((form, asked, owner, one), text, owner, [])
+        told = [f"{fans[0]} and {fans[1]}.", f"In the shop there is {shop[0]} and {shop[1]}."]
+        asked = [(f"So {one} buys the", things[0]), (f"So {two} buys the", things[1])]
+    else:
+        thing, other = r.sample(OBJECTS, 2)
+        told = [f"{one} has the {thing}.", f"{two} has the {other}."]
+        r.shuffle(told)
+        told.append(f"{one} gives the {thing} to {three}.")
+        asked = [(f"Now the {thing} is with", three), (f"Now the {other} is with", two)]
+    r.shuffle(asked)
+    passage, ((question, good), (question2, good2)) = " ".join(told), asked
+    return Item((form, passage), f"{passage} {question}", good, [], f" {question2} {good2}.")
 
 
 def sums(r):
@@ -369,13 +369,21 @@ def fact(r):
 
 
 def recall(r):
-    """Some facts, and the same again in another order: practice in looking back."""
+    """Some facts, and the same again twice, each time in another order: practice in looking back."""
     left, right, say, back = r.choice(RECALL)
-    count = r.choice((2, 3, 4))
+    count = r.randrange(3, 7)
     pairs = list(zip(r.sample(left, count), r.sample(right, count)))
-    facts = [say.format(*pair) for pair in pairs]
-    r.shuffle(pairs)
-    return " ".join(facts + [r.choice((say, back)).format(*pair) for pair in pairs])
+    told = [say.format(*pair) for pair in pairs]
+    for form in (say, r.choice((say, back))):
+        r.shuffle(pairs)
+        told += [form.format(*pair) for pair in pairs]
+    return " ".join(told)
+
+
+def chant(r):
+    """A row of words three times over, where looking back is all there is to learn."""
+    words = r.sample(NAMES + PLACES + OBJECTS + LAND + GOODS + COLOURS, r.randrange(6, 16))
+    return " ".join([" ".join(words) + "."] * 3)
 
 
 def story(r):
@@ -409,7 +417,7 @@ LLAMA = {                      # task: (maker, header after the name, held-out i
 def document(item, maker):
     if maker in (puzzle, pronoun):
         return item.text.replace("_", item.good)
-    return f"{item.text} {item.good}" + ("." if maker in (science, last_word) else "")
+    return f"{item.text} {item.good}" + ("." if maker in (science, last_word) else "") + item.more
 
 
 def draw(r, maker, held):
@@ -422,9 +430,9 @@ def draw(r, maker, held):
 
 def llama_document(r):
     """One training document: mostly a task form, else practice, knowledge or a story."""
-    maker = r.choices((science, ending, puzzle, last_word, sums, recall, fact, story),
-                      (20, 14, 16, 16, 14, 20, 6, 6))[0]
-    if maker in (recall, fact, story):
+    maker = r.choices((science, ending, puzzle, last_word, sums, recall, chant, fact, story),
+                      (18, 13, 15, 17, 13, 14, 2, 4, 4))[0]
+    if maker in (recall, chant, fact, story):
         return maker(r)
     return document(draw(r, maker, False), maker)
 
