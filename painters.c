@@ -931,11 +931,10 @@ static void plain_gelu(float *x, int64_t n) {
     for (int64_t i = 0; i < n; i++) x[i] = 0.5f * x[i] * (1 + erff(x[i] * 0.70710678f));
 }
 
-
-
 // The fast paths. Section 3b is written once, for vectors of LANES floats, and compiled once a path
 // by this file including itself. ACCUMULATORS is how many sums the vector registers hold at a time.
-#if defined __x86_64__ && (!defined _WIN32 || defined __clang__)
+// PAINTERS_PORTABLE leaves out those for some CPUs only.
+#if defined __x86_64__ && !defined PAINTERS_PORTABLE && (!defined _WIN32 || defined __clang__)
 #define HAVE_AVX            // gcc for Windows cannot align wide vectors (its bug 54412)
 #include <cpuid.h>
 #include <immintrin.h>
