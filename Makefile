@@ -68,8 +68,8 @@ LLAMA_TASKS = $(foreach t,science ending pronoun lastword sums,$(SMALL)/$(t).tsv
 BERT_TASKS = accept sentiment paraphrase entail answers similar
 FINE_TUNED = accept accept-skip4 sentiment sentiment-skip4
 METHODS = skip,repeat,reverse,random:$(1),parallel,loop:$(2)
-SUM = "Question: Rosa has 4 bags with 4 pears in each bag. She loses 3. \
-How many pears does Rosa have now? Answer:"
+SUM = "Question: Jane buys 4 plums for 4 coins each and 2 dates for 3 coins each. \
+How many coins does Jane pay? Answer:"
 
 demo: painters
 	@mkdir -p demo
