@@ -962,7 +962,9 @@ enum {
     PANEL = 24, DEPTH = 512,    // rows and columns of W that stay in the L2 cache
     PAD = 16,                   // rows a power of two apart would share cache lines
     CHUNK = 128,                // rows of x that meet a panel, at most
-    FEW = 32                    // up to so many, W is read as it is stored
+    GROUP = 8,                  // panels that meet a chunk one after another
+    FEW = 32,                   // up to so many, W is read as it is stored
+    AHEAD = 6144                // bytes of W fetched before they meet a row of x that is alone
 };
 
 typedef struct {                // a panel of W and some rows of x
@@ -1035,7 +1037,9 @@ END_TARGET
 #undef TILE_ROWS
 #undef IN_REGISTER
 #define VECS (WIDE / LANES)             // vectors side by side in attention
-#define TILE_ROWS(n) ((n) == 1 ? 4 : ACCUMULATORS / (n))    // of W that meet n rows of x
+// Rows of W that meet n rows of x; alone, one that is quick to widen is read from end to end.
+#define TILE_ROWS(n, type) \
+    ((n) > 1 ? ACCUMULATORS / (n) : LANES == 16 && (type) != Q8 ? 1 : 4)
 #ifdef __x86_64__                       // else compilers read a vector anew for each of its uses
 #define IN_REGISTER(v) __asm__("" : "+v"(v))
 #else
@@ -1132,7 +1136,7 @@ static void widen_part(float *out, const Tensor *w, int64_t row, int64_t k, int6
 // Outputs of n rows of x from i0 on and m of W from r0 on. Rows that W lacks repeat its last one.
 // Each full tile fetches its part of the rows of x that come next.
 INLINE void outputs_of(const Block *p, int64_t i0, int64_t r0, const int n, const int type) {
-    const int bytes = WEIGHT_BYTES(type), m = TILE_ROWS(n);
+    const int bytes = WEIGHT_BYTES(type), m = TILE_ROWS(n, type);
     const float *x = p->x + i0 * p->ldx, *next = x + n * p->ldx + r0 * p->depth * n / PANEL;
     float *y = p->y + i0 * p->ldy + r0;
     vec sum[4][12], factor[12];
@@ -1151,7 +1155,8 @@ INLINE void outputs_of(const Block *p, int64_t i0, int64_t r0, const int n, cons
         if (n * m == PANEL) __builtin_prefetch(next + k + 16);
         if (n == 1) {                   // decoding waits for memory: the next rows of W, too
             UNROLL for (int j = 0; j < m; j++) {
-                const char *ahead = from[j] + (m * p->w->cols + k) * bytes;
+                const char *ahead = from[j] + k * bytes +
+                                    (m == 1 ? AHEAD : m * p->w->cols * bytes);
                 for (int b = 0; b < 32 * bytes; b += 64) __builtin_prefetch(ahead + b, 0, 2);
             }
         }
@@ -1186,7 +1191,7 @@ static void outputs(const Block *p, int64_t n) {
     const int64_t most = ACCUMULATORS == 24 ? 4 : 3;
     for (int64_t i = 0, left = (n + most - 1) / most, some; i < n; i += some, left--) {
         some = (n - i + left - 1) / left;
-        for (int64_t r = 0; r < p->rows; r += TILE_ROWS(some)) {
+        for (int64_t r = 0; r < p->rows; r += TILE_ROWS(some, p->w->type)) {
             switch (4 * p->w->type + some) {
 #define TILE(n, type) case 4 * type + n: outputs_of(p, i, r, n, type); break
             TILE(1, F32); TILE(1, F16); TILE(1, BF16); TILE(1, Q8);
@@ -1201,14 +1206,12 @@ static void outputs(const Block *p, int64_t n) {
     }
 }
 
-// The same in blocks of DEPTH columns, with copies of W's rows as float32 and of x, which are
-// padded and stay in the caches. copy: row i of block b of the chunk's n rows is at
-// copy + (b * ld + i) * (DEPTH + PAD).
-static void outputs_in_blocks(const Block *whole, int64_t n, const float *copy, int64_t ld) {
+// The same in blocks of DEPTH columns, with copies of W's rows as float32, which stay in the caches.
+// whole->x is a copy in such blocks: row i of block b is (b * ld + i) * (DEPTH + PAD) floats on.
+static void outputs_in_blocks(const Block *whole, int64_t n, int64_t ld) {
     const Tensor *w = whole->w;
     Block p = *whole;
     p.c = scratch(1, PANEL * (CHUNK * LANES + DEPTH + PAD));
-    p.ldx = DEPTH + PAD;
     p.row = 0;
     float *wide = p.c + CHUNK * PANEL * LANES;
     p.w = &(Tensor){.type = F32, .rows = p.rows, .cols = DEPTH + PAD, .data = wide};
@@ -1217,7 +1220,7 @@ static void outputs_in_blocks(const Block *whole, int64_t n, const float *copy, 
         for (int64_t r = 0; r < p.rows; r++) {
             widen_part(wide + r * (DEPTH + PAD), w, whole->row + r, k, here);
         }
-        p.x = copy + k / DEPTH * ld * (DEPTH + PAD);
+        p.x = whole->x + k * ld / DEPTH * (DEPTH + PAD);
         p.depth = (here + 31) / 32 * 32;
         p.begun = k > 0;
         p.goes_on = k + DEPTH < w->cols;
@@ -1225,35 +1228,41 @@ static void outputs_in_blocks(const Block *whole, int64_t n, const float *copy, 
     }
 }
 
-// A thread's share of a matmul: of the copying first, then of the outputs, taken as they come. All
-// threads call it, or one alone outside of any parallel region, where that costs nothing.
+// A thread's share of a matmul: of copying x first, then of the outputs, taken as they come. All
+// threads call it, or one alone outside of any parallel region, where that costs nothing. direct:
+// W is read as it is stored, in one block of all columns.
 static void share_of_matmul(float *y, const float *x, const Tensor *w, int64_t n, bool direct,
                             float *copy, int64_t *next) {
     static const float no_bias[PANEL];
     const Tensor rows_of_x = {.type = F32, .rows = n, .cols = w->cols, .data = x};
-    int64_t blocks = direct ? 0 : (w->cols + DEPTH - 1) / DEPTH;
+    int64_t depth = direct ? w->cols : DEPTH, blocks = (w->cols + depth - 1) / depth;
     int64_t chunk = direct ? CHUNK / 2 : CHUNK, chunks = (n + chunk - 1) / chunk;
-    int64_t panels = (w->rows + PANEL - 1) / PANEL;
+    int64_t groups = (w->rows + GROUP * PANEL - 1) / (GROUP * PANEL);
+    int64_t ldx = copy ? depth + PAD : w->cols;
     #pragma omp for
-    for (int64_t i = 0; i < blocks * n; i++) {
-        int64_t k = i / n * DEPTH, here = w->cols - k < DEPTH ? w->cols - k : DEPTH;
-        widen_part(copy + i * (DEPTH + PAD), &rows_of_x, i % n, k, here);
+    for (int64_t i = 0; i < (copy ? blocks * n : 0); i++) {
+        int64_t k = i / n * depth, here = w->cols - k < depth ? w->cols - k : depth;
+        widen_part(copy + i * ldx, &rows_of_x, i % n, k, here);
     }
-    for (int64_t i; (i = take(next)) < panels * chunks;) {
-        int64_t first = i % chunks * chunk, some = n - first < chunk ? n - first : chunk;
-        int64_t row = i / chunks * PANEL, rows = w->rows - row < PANEL ? w->rows - row : PANEL;
-        Block p = {.w = w, .row = row, .rows = rows, .x = x + first * w->cols, .ldx = w->cols,
-                   .depth = w->cols, .y = y + first * w->rows + row, .ldy = w->rows,
+    for (int64_t i; (i = take(next)) < groups * GROUP * chunks;) {
+        int64_t first = i / GROUP % chunks * chunk, some = n - first < chunk ? n - first : chunk;
+        int64_t row = (i / GROUP / chunks * GROUP + i % GROUP) * PANEL;
+        int64_t rows = w->rows - row < PANEL ? w->rows - row : PANEL;
+        if (rows <= 0) continue;
+        Block p = {.w = w, .row = row, .rows = rows, .x = (copy ? copy : x) + first * ldx,
+                   .ldx = ldx, .depth = w->cols, .y = y + first * w->rows + row, .ldy = w->rows,
                    .bias = w->bias ? w->bias + row : no_bias};
         if (direct) outputs(&p, some);
-        else outputs_in_blocks(&p, some, copy + first * (DEPTH + PAD), n);
+        else outputs_in_blocks(&p, some, n);
     }
 }
 
 static void ON_PATH(matmul)(float *y, const float *x, const Tensor *w, int64_t n) {
-    bool cheap = LANES == 16 && (w->type == F16 || w->type == BF16);     // to widen for each tile
-    bool direct = w->cols % 32 == 0 && (n <= FEW || cheap);     // without copies of x and W
-    float *copy = scratch(0, direct ? 0 : (w->cols + DEPTH - 1) / DEPTH * n * (DEPTH + PAD));
+    bool cheap = LANES == 16 && w->type != Q8;                  // to widen for each tile
+    bool direct = w->cols % 32 == 0 && (n <= FEW || cheap);
+    int64_t depth = direct ? w->cols : DEPTH, blocks = (w->cols + depth - 1) / depth;
+    bool copied = !direct || (n > 4 && w->type == F32);
+    float *copy = copied ? scratch(0, blocks * n * (depth + PAD)) : NULL;
     int64_t next = 0;
     if (n * w->rows * w->cols > 1 << 21) {
         #pragma omp parallel
