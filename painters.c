@@ -1206,7 +1206,7 @@ static void outputs(const Block *p, int64_t n) {
     }
 }
 
-// The same in blocks of DEPTH columns, with copies of W's rows as float32, which stay in the caches.
+// The same in blocks of DEPTH columns, with copies of W's rows as float32 that stay in the caches.
 // whole->x is a copy in such blocks: row i of block b is (b * ld + i) * (DEPTH + PAD) floats on.
 static void outputs_in_blocks(const Block *whole, int64_t n, int64_t ld) {
     const Tensor *w = whole->w;
