@@ -816,6 +816,20 @@ static int64_t take(int64_t *next) {
     return i;
 }
 
+// Calls a function whose loops, where marked `omp for`, all threads share; where so many operations
+// are not worth waking the others, on this thread alone. (`omp parallel if` asks the system for
+// something even then: that was a third of the time of the smallest models.)
+#define TOGETHER(operations, call) \
+    do { \
+        if ((operations) > WORTH_THREADS) { \
+            _Pragma("omp parallel") \
+            call; \
+        } else { \
+            call; \
+        } \
+    } while (0)
+enum { WORTH_THREADS = 1 << 19 };
+
 // float16 has 5 bits of exponent and 10 of fraction; exponent 0 is fraction * 2^-24, 31 is inf/nan.
 static float from_f16(uint16_t h) {
     uint32_t magnitude = h & 0x7fff;
@@ -964,7 +978,8 @@ enum {
     CHUNK = 128,                // rows of x that meet a panel, at most
     GROUP = 8,                  // panels that meet a chunk one after another
     FEW = 32,                   // up to so many, W is read as it is stored
-    AHEAD = 6144                // bytes of W fetched before they meet a row of x that is alone
+    LONG = 1024,                // from so many columns on, W meets a single row of x row by row,
+    AHEAD = 6144                // and is fetched so many bytes ahead
 };
 
 typedef struct {                // a panel of W and some rows of x
@@ -1034,12 +1049,12 @@ END_TARGET
 #define exp_of ON_PATH(exp_of)
 #define weigh ON_PATH(weigh)
 #undef VECS
-#undef TILE_ROWS
+#undef TILE_X
+#undef TILE_W
 #undef IN_REGISTER
 #define VECS (WIDE / LANES)             // vectors side by side in attention
-// Rows of W that meet n rows of x; alone, one that is quick to widen is read from end to end.
-#define TILE_ROWS(n, type) \
-    ((n) > 1 ? ACCUMULATORS / (n) : LANES == 16 && (type) != Q8 ? 1 : 4)
+#define TILE_X (ACCUMULATORS == 24 ? 4 : 3)     // rows of x that meet so many of W, at most
+#define TILE_W (ACCUMULATORS / TILE_X)
 #ifdef __x86_64__                       // else compilers read a vector anew for each of its uses
 #define IN_REGISTER(v) __asm__("" : "+v"(v))
 #else
@@ -1134,37 +1149,35 @@ static void widen_part(float *out, const Tensor *w, int64_t row, int64_t k, int6
 }
 
 // Outputs of n rows of x from i0 on and m of W from r0 on. Rows that W lacks repeat its last one.
-// Each full tile fetches its part of the rows of x that come next.
-INLINE void outputs_of(const Block *p, int64_t i0, int64_t r0, const int n, const int type) {
-    const int bytes = WEIGHT_BYTES(type), m = TILE_ROWS(n, type);
-    const float *x = p->x + i0 * p->ldx, *next = x + n * p->ldx + r0 * p->depth * n / PANEL;
+// Meanwhile the next rows of W are fetched, a part of them beside each of so many `tiles` of x; or,
+// where those are copies that are in a cache already, the next rows of x.
+INLINE void outputs_of(const Block *p, int64_t i0, int64_t r0, int64_t tile, int64_t tiles,
+                       const int n, const int m, const int type) {
+    const int bytes = WEIGHT_BYTES(type);
+    int64_t ldw = p->w->cols * bytes, step = 32 * m * bytes / tiles;
+    const float *x = p->x + i0 * p->ldx;
     float *y = p->y + i0 * p->ldy + r0;
-    vec sum[4][12], factor[12];
-    const char *from[12];
-    const uint16_t *scale[12];
+    vec sum[TILE_X][TILE_W], factor[TILE_W];
+    const char *from[TILE_W];
+    const uint16_t *scale[TILE_W];
     UNROLL for (int j = 0; j < m; j++) {
         int64_t at = p->row + (r0 + j < p->rows ? r0 + j : p->rows - 1);
-        from[j] = (const char *)p->w->data + at * p->w->cols * bytes;
+        from[j] = (const char *)p->w->data + at * ldw;
         if (type == Q8) scale[j] = p->w->scale + at * (p->w->cols / 32);
         UNROLL for (int i = 0; i < n; i++) {
             sum[i][j] = p->begun ? load(p->c + ((i0 + i) * PANEL + r0 + j) * LANES) : (vec){0};
         }
     }
+    const char *next = from[0] + (m == 1 ? AHEAD : m * ldw + tile * m * ldw / tiles);
+    if (p->c && n > 1) next = (const char *)(x + n * p->ldx), step = r0 ? 0 : n * 128;
     for (int64_t k = 0; k < p->depth; k += 32) {
-        if (n * m == ACCUMULATORS) __builtin_prefetch(next + k / (PANEL / ACCUMULATORS));
-        if (n * m == PANEL) __builtin_prefetch(next + k + 16);
-        if (n == 1) {                   // decoding waits for memory: the next rows of W, too
-            UNROLL for (int j = 0; j < m; j++) {
-                const char *ahead = from[j] + k * bytes +
-                                    (m == 1 ? AHEAD : m * p->w->cols * bytes);
-                for (int b = 0; b < 32 * bytes; b += 64) __builtin_prefetch(ahead + b, 0, 2);
-            }
-        }
+        for (int64_t b = 0; b < step; b += 64) __builtin_prefetch(next + b, 0, 2);
+        next += step;
         if (type == Q8) {
             UNROLL for (int j = 0; j < m; j++) factor[j] = load_scale(scale[j] + k / 32);
         }
         ROLLED for (int l = 0; l < 32; l += LANES) {
-            vec a[4];
+            vec a[TILE_X];
             UNROLL for (int i = 0; i < n; i++) {
                 a[i] = load(x + i * p->ldx + k + l);
                 IN_REGISTER(a[i]);
@@ -1186,21 +1199,24 @@ INLINE void outputs_of(const Block *p, int64_t i0, int64_t r0, const int n, cons
     }
 }
 
-// The same for all of the panel and n rows of x.
+// The same for all of the panel and n rows of x, tile by tile: rows of W stay in the nearest cache
+// while all rows of x pass.
 static void outputs(const Block *p, int64_t n) {
-    const int64_t most = ACCUMULATORS == 24 ? 4 : 3;
-    for (int64_t i = 0, left = (n + most - 1) / most, some; i < n; i += some, left--) {
-        some = (n - i + left - 1) / left;
-        for (int64_t r = 0; r < p->rows; r += TILE_ROWS(some, p->w->type)) {
-            switch (4 * p->w->type + some) {
-#define TILE(n, type) case 4 * type + n: outputs_of(p, i, r, n, type); break
-            TILE(1, F32); TILE(1, F16); TILE(1, BF16); TILE(1, Q8);
-            TILE(2, F32); TILE(2, F16); TILE(2, BF16); TILE(2, Q8);
-            TILE(3, F32); TILE(3, F16); TILE(3, BF16); TILE(3, Q8);
-#if ACCUMULATORS == 24
-            TILE(4, F32); TILE(4, F16); TILE(4, BF16); TILE(4, Q8);
-#endif
-#undef TILE
+    bool along = n == 1 && LANES == 16 && p->w->type != Q8 && p->depth >= LONG;
+    int64_t m = along ? 1 : n == 1 ? 4 : TILE_W;
+    int64_t tiles = (n + TILE_X - 1) / TILE_X, least = n / tiles, some;
+    for (int64_t r = 0; r < p->rows; r += m) {
+        for (int64_t i = 0, t = 0; t < tiles; i += some, t++) {
+            some = least + (t < n - least * tiles);
+            switch (8 * p->w->type + (along ? 0 : some)) {
+#define TILES(type) \
+            case 8 * type: outputs_of(p, 0, r, 0, 1, 1, 1, type); break; \
+            case 8 * type + 1: outputs_of(p, 0, r, 0, 1, 1, 4, type); break; \
+            case 8 * type + 2: outputs_of(p, i, r, t, tiles, 2, TILE_W, type); break; \
+            case 8 * type + 3: outputs_of(p, i, r, t, tiles, 3, TILE_W, type); break; \
+            case 8 * type + 4: outputs_of(p, i, r, t, tiles, TILE_X, TILE_W, type); break
+                TILES(F32); TILES(F16); TILES(BF16); TILES(Q8);
+#undef TILES
             }
         }
     }
@@ -1236,19 +1252,20 @@ static void share_of_matmul(float *y, const float *x, const Tensor *w, int64_t n
     static const float no_bias[PANEL];
     const Tensor rows_of_x = {.type = F32, .rows = n, .cols = w->cols, .data = x};
     int64_t depth = direct ? w->cols : DEPTH, blocks = (w->cols + depth - 1) / depth;
-    int64_t chunk = direct ? CHUNK / 2 : CHUNK, chunks = (n + chunk - 1) / chunk;
-    int64_t groups = (w->rows + GROUP * PANEL - 1) / (GROUP * PANEL);
+    int64_t chunk = direct ? FEW : CHUNK, chunks = (n + chunk - 1) / chunk;
+    int64_t panels = (w->rows + PANEL - 1) / PANEL;
     int64_t ldx = copy ? depth + PAD : w->cols;
     #pragma omp for
     for (int64_t i = 0; i < (copy ? blocks * n : 0); i++) {
         int64_t k = i / n * depth, here = w->cols - k < depth ? w->cols - k : depth;
         widen_part(copy + i * ldx, &rows_of_x, i % n, k, here);
     }
-    for (int64_t i; (i = take(next)) < groups * GROUP * chunks;) {
-        int64_t first = i / GROUP % chunks * chunk, some = n - first < chunk ? n - first : chunk;
-        int64_t row = (i / GROUP / chunks * GROUP + i % GROUP) * PANEL;
+    for (int64_t i; (i = take(next)) < panels * chunks;) {
+        int64_t group = i / (GROUP * chunks) * GROUP;       // its first panel
+        int64_t inside = i - group * chunks, wide = panels - group < GROUP ? panels - group : GROUP;
+        int64_t first = inside / wide * chunk, some = n - first < chunk ? n - first : chunk;
+        int64_t row = (group + inside % wide) * PANEL;
         int64_t rows = w->rows - row < PANEL ? w->rows - row : PANEL;
-        if (rows <= 0) continue;
         Block p = {.w = w, .row = row, .rows = rows, .x = (copy ? copy : x) + first * ldx,
                    .ldx = ldx, .depth = w->cols, .y = y + first * w->rows + row, .ldy = w->rows,
                    .bias = w->bias ? w->bias + row : no_bias};
@@ -1264,12 +1281,7 @@ static void ON_PATH(matmul)(float *y, const float *x, const Tensor *w, int64_t n
     bool copied = !direct || (n > 4 && w->type == F32);
     float *copy = copied ? scratch(0, blocks * n * (depth + PAD)) : NULL;
     int64_t next = 0;
-    if (n * w->rows * w->cols > 1 << 21) {
-        #pragma omp parallel
-        share_of_matmul(y, x, w, n, direct, copy, &next);
-    } else {
-        share_of_matmul(y, x, w, n, direct, copy, &next);
-    }
+    TOGETHER(n * w->rows * w->cols / 4, share_of_matmul(y, x, w, n, direct, copy, &next));
 }
 
 // e^x by 2^n * e^r with |r| <= ln(2) / 2 (Cody and Waite's reduction); subnormal results become 0.
@@ -1587,12 +1599,7 @@ static void matmul_amx(float *y, const float *x, const Tensor *w, int64_t n) {
     int64_t groups = (n + 31) / 32 * 2, blocks = (w->cols + AMX_DEPTH - 1) / AMX_DEPTH;
     uint16_t *packed = (uint16_t *)(void *)scratch(0, blocks * groups * AMX_GROUP / 2);
     int64_t next = 0;
-    if (n * w->rows * w->cols > 1 << 21) {
-        #pragma omp parallel
-        share_of_matmul_amx(y, x, w, n, packed, &next);
-    } else {
-        share_of_matmul_amx(y, x, w, n, packed, &next);
-    }
+    TOGETHER(n * w->rows * w->cols / 4, share_of_matmul_amx(y, x, w, n, packed, &next));
 }
 END_TARGET
 #endif
@@ -1691,8 +1698,7 @@ static void kernels_init(const char *name) {
 // them again.
 enum {
     MAX_DEPTH = 8,              // a sequence and its ancestors
-    RUN = 32,                   // neighbouring rows of a sequence that attention takes together
-    WORTH_THREADS = 1 << 19     // operations; fewer are not worth waking threads for
+    RUN = 32                    // neighbouring rows of a sequence that attention takes together
 };
 
 typedef struct {
@@ -1831,7 +1837,7 @@ static float *cache_at(const Session *s, const Sequence *q, int64_t slot, int64_
 static void cache_store(Session *s, int64_t slot, const float *k, const float *v) {
     const Model *m = s->model;
     int64_t d = m->head_dim, width = m->n_kv_heads * d;
-    #pragma omp parallel for if (s->batch.n_rows * width > WORTH_THREADS)
+    #pragma omp for
     for (int64_t r = 0; r < s->batch.n_rows; r++) {
         const Token *token = &s->batch.tokens[r];
         const Sequence *q = &s->sequences[token->sequence];
@@ -1852,7 +1858,7 @@ static void attention(Session *s, int64_t slot) {
     const Batch *b = &s->batch;
     int64_t group = m->n_heads / m->n_kv_heads, ld = (int64_t)m->n_heads * m->head_dim;
     cache_store(s, slot, s->k, s->v);
-    #pragma omp parallel for schedule(dynamic) if (b->n_pairs * ld > WORTH_THREADS)
+    #pragma omp for schedule(dynamic)
     for (int64_t piece = 0; piece < b->n_runs * m->n_kv_heads; piece++) {
         int64_t run = b->n_runs - 1 - piece / m->n_kv_heads;    // rows that see most come first
         int64_t row = b->first[run], n = b->first[run + 1] - row, head = piece % m->n_kv_heads;
@@ -1875,7 +1881,7 @@ static void attention(Session *s, int64_t slot) {
 static void rms_norm(float *out, const float *x, const Tensor *norm, const Model *m, int64_t n) {
     const float *weight = norm->data;
     int64_t d = m->dim;
-    #pragma omp parallel for if (n * d > WORTH_THREADS)
+    #pragma omp for
     for (int64_t r = 0; r < n; r++) {
         const float *in = x + r * d;
         float scale = 1.0f / sqrtf(dot(in, in, d) / (float)d + m->norm_eps);
@@ -1887,7 +1893,7 @@ static void rms_norm(float *out, const float *x, const Tensor *norm, const Model
 static void layer_norm(float *x, const Tensor *norm, const Model *m, int64_t n) {
     const float *weight = norm->data, *bias = norm->bias;
     int64_t d = m->dim;
-    #pragma omp parallel for if (n * d > WORTH_THREADS)
+    #pragma omp for
     for (int64_t r = 0; r < n; r++) {
         float *row = x + r * d;
         double mean = 0, variance = 0;
@@ -1904,7 +1910,7 @@ static void rotate(const Session *s, float *x, int n_heads) {
     const Model *m = s->model;
     int64_t half = m->head_dim / 2, width = (int64_t)n_heads * m->head_dim;
     int64_t step = m->rope == ROPE_PAIRS ? 2 : 1, other = m->rope == ROPE_PAIRS ? 1 : half;
-    #pragma omp parallel for if (s->batch.n_rows * width > WORTH_THREADS)
+    #pragma omp for
     for (int64_t r = 0; r < s->batch.n_rows; r++) {
         const float *turn = s->rope + r * m->head_dim;
         for (float *head = x + r * width; head < x + (r + 1) * width; head += m->head_dim) {
@@ -1918,58 +1924,68 @@ static void rotate(const Session *s, float *x, int n_heads) {
 }
 
 static void add(float *sum, const float *a, const float *b, int64_t n) {
-    #pragma omp parallel for if (n > WORTH_THREADS)
+    #pragma omp for
     for (int64_t i = 0; i < n; i++) sum[i] = a[i] + b[i];
+}
+
+// The activation of the feed-forward layers, of all rows. (Kernels have no `omp for` of their own
+// here: compilers then round alike with OpenMP and without.)
+static void activate(Session *s) {
+    int64_t hidden = s->model->hidden;
+    #pragma omp for
+    for (int64_t r = 0; r < s->batch.n_rows; r++) {
+        float *gate = s->gate + r * hidden, *up = s->up + r * hidden;
+        if (s->model->arch == LLAMA) silu_multiply(gate, up, hidden);
+        else gelu(up, hidden);
+    }
 }
 
 // One layer on all rows of the batch: s->x in, s->y out. It knows neither schedule nor task.
 //     a = x + attention(norm(x))        y = a + feed_forward(norm(a))
 static void llama_layer(Session *s, const Layer *l, int64_t slot) {
     const Model *m = s->model;
-    int64_t n = s->batch.n_rows, hidden = m->hidden;
-    rms_norm(s->h, s->x, &l->attn_norm, m, n);
+    int64_t n = s->batch.n_rows, size = n * m->dim;
+    TOGETHER(size, rms_norm(s->h, s->x, &l->attn_norm, m, n));
     matmul(s->q, s->h, &l->q, n);
     matmul(s->k, s->h, &l->k, n);
     matmul(s->v, s->h, &l->v, n);
-    rotate(s, s->q, m->n_heads);
-    rotate(s, s->k, m->n_kv_heads);
-    attention(s, slot);
+    TOGETHER(size, rotate(s, s->q, m->n_heads));
+    TOGETHER(size, rotate(s, s->k, m->n_kv_heads));
+    TOGETHER(s->batch.n_pairs * m->dim, attention(s, slot));
     matmul(s->h, s->att, &l->o, n);
-    add(s->y, s->x, s->h, n * m->dim);
+    TOGETHER(size, add(s->y, s->x, s->h, size));
 
-    rms_norm(s->h, s->y, &l->ffn_norm, m, n);
+    TOGETHER(size, rms_norm(s->h, s->y, &l->ffn_norm, m, n));
     matmul(s->gate, s->h, &l->gate, n);
     matmul(s->up, s->h, &l->up, n);
-    #pragma omp parallel for if (n * hidden > WORTH_THREADS)
-    for (int64_t r = 0; r < n; r++) silu_multiply(s->gate + r * hidden, s->up + r * hidden, hidden);
+    TOGETHER(n * m->hidden, activate(s));
     matmul(s->h, s->gate, &l->down, n);
-    add(s->y, s->y, s->h, n * m->dim);
+    TOGETHER(size, add(s->y, s->y, s->h, size));
 }
 
 // The same for BERT, which normalises behind each sum, has biases, and looks both ways:
 //     a = norm(x + attention(x))        y = norm(a + feed_forward(a))
 static void bert_layer(Session *s, const Layer *l, int64_t slot) {
     const Model *m = s->model;
-    int64_t n = s->batch.n_rows, hidden = m->hidden;
+    int64_t n = s->batch.n_rows, size = n * m->dim;
     matmul(s->q, s->x, &l->q, n);
     matmul(s->k, s->x, &l->k, n);
     matmul(s->v, s->x, &l->v, n);
-    attention(s, slot);
+    TOGETHER(s->batch.n_pairs * m->dim, attention(s, slot));
     matmul(s->h, s->att, &l->o, n);
-    add(s->y, s->x, s->h, n * m->dim);
-    layer_norm(s->y, &l->attn_norm, m, n);
+    TOGETHER(size, add(s->y, s->x, s->h, size));
+    TOGETHER(size, layer_norm(s->y, &l->attn_norm, m, n));
 
     matmul(s->up, s->y, &l->up, n);
-    #pragma omp parallel for if (n * hidden > WORTH_THREADS)
-    for (int64_t r = 0; r < n; r++) gelu(s->up + r * hidden, hidden);
+    TOGETHER(n * m->hidden, activate(s));
     matmul(s->h, s->up, &l->down, n);
-    add(s->y, s->y, s->h, n * m->dim);
-    layer_norm(s->y, &l->ffn_norm, m, n);
+    TOGETHER(size, add(s->y, s->y, s->h, size));
+    TOGETHER(size, layer_norm(s->y, &l->ffn_norm, m, n));
 }
 
 // Takes x into a mean, as number i of n: they are added in their order, and the last one divides.
 static void average(float *mean, const float *x, int64_t size, int64_t i, int64_t n) {
-    #pragma omp parallel for if (size > WORTH_THREADS)
+    #pragma omp for
     for (int64_t j = 0; j < size; j++) {
         float sum = i == 0 ? x[j] : mean[j] + x[j];
         mean[j] = i == n - 1 ? sum / (float)n : sum;
@@ -1987,12 +2003,12 @@ static void run_step(Session *s, const Schedule *schedule, int64_t i) {
     for (int64_t j = 0; j < n; j++) {
         layer(s, &m->layers[schedule->layer[first + j]], s->kv_mean ? i : first + j);
         s->layer_passes++;
-        average(s->mean, s->y, size, j, n);
+        TOGETHER(size, average(s->mean, s->y, size, j, n));
         if (!s->kv_mean) continue;
-        average(s->k_mean, s->k, kv, j, n);
-        average(s->v_mean, s->v, kv, j, n);
+        TOGETHER(kv, average(s->k_mean, s->k, kv, j, n));
+        TOGETHER(kv, average(s->v_mean, s->v, kv, j, n));
     }
-    if (s->kv_mean) cache_store(s, i, s->k_mean, s->v_mean);
+    if (s->kv_mean) TOGETHER(kv, cache_store(s, i, s->k_mean, s->v_mean));
     float *x = s->x;
     s->x = s->mean;
     s->mean = x;
@@ -2046,7 +2062,7 @@ static void embed(Session *s) {
         widen(position, &m->positions, token->position);
         for (int64_t i = 0; i < d; i++) x[i] = x[i] + segment[i] + position[i];
     }
-    if (m->arch == BERT) layer_norm(s->x, &m->embed_norm, m, n);
+    if (m->arch == BERT) TOGETHER(n * d, layer_norm(s->x, &m->embed_norm, m, n));
 }
 
 // Runs the rows of the batch through the steps of a schedule. After each, s->x holds their hidden
