@@ -356,6 +356,9 @@ static void check_path(bool quick) {
         check_matmul(type, quick ? 40 : 300, 40, 300, true);
         check_matmul_bits(type, 37, 300);
         check_matmul_bits(type, quick ? 150 : 301, 515);
+        check_matmul_bits(type, 37, 1056);          // W as it is stored, and a long row by itself
+        check_matmul(type, 1, 33, 1056, true);
+        check_matmul(type, quick ? 9 : 70, 50, 1056, false);
     }
     for (int64_t group = 1; group <= 8; group++) {
         for (int causal = 0; causal < 2; causal++) {
