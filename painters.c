@@ -3172,12 +3172,11 @@ typedef struct {
     int64_t n, d, outputs;      // outputs: classes, or 1 for a regression
     double strength;
     double *curve;              // [n] what a row of the last pass weighs in the Hessian
-    double *parts;              // [PROBE_PARTS][outputs * d + outputs + d] work for parts of a pass
+    double *row, *z;            // [d], [outputs] a row in work and its scores
     double *factor;             // [d][d] Cholesky factor of the Hessian, the same for every output
 } Probe;
 
 enum { PROBE_TURNS = 100 };     // until the Hessian is factored anew
-enum { PROBE_PARTS = 64 };      // fixed, so that sums do not depend on the number of threads
 
 // Eight sums side by side, which a compiler can keep in vectors.
 static double inner(const double *a, const double *b, int64_t n) {
@@ -3196,14 +3195,14 @@ static void add_scaled(double *y, double a, const double *x, int64_t n) {
     for (int64_t j = 0; j < n; j++) y[j] += a * x[j];
 }
 
-static void probe_row(const Probe *f, int64_t i, double *row) {
-    for (int64_t j = 0; j < f->d - 1; j++) row[j] = (double)f->x[i * (f->d - 1) + j];
-    row[f->d - 1] = 1;
+static void probe_row(const Probe *f, int64_t i) {
+    for (int64_t j = 0; j < f->d - 1; j++) f->row[j] = (double)f->x[i * (f->d - 1) + j];
+    f->row[f->d - 1] = 1;
 }
 
-// Scores z of row i become the gradient of its loss by them; returns the loss.
-static double probe_loss(const Probe *f, int64_t i, double *z) {
-    double y = f->y[i], top = z[0], sum = 0, squares = 0;
+// The scores of row i become the gradient of its loss by them; returns the loss.
+static double probe_loss(const Probe *f, int64_t i) {
+    double *z = f->z, y = f->y[i], top = z[0], sum = 0, squares = 0;
     if (f->outputs == 1) {
         f->curve[i] = 1;
         z[0] -= y;
@@ -3223,26 +3222,17 @@ static double probe_loss(const Probe *f, int64_t i, double *z) {
 
 // One pass over the features: the objective at w and its gradient, both [outputs][d].
 static double probe_pass(const Probe *f, const double *w, double *gradient) {
-    int64_t d = f->d, size = f->outputs * d, work = size + f->outputs + d;
-    double losses[PROBE_PARTS] = {0}, loss = 0;
-    #pragma omp parallel for schedule(static) if (f->n * size > 1 << 18)
-    for (int part = 0; part < PROBE_PARTS; part++) {
-        double *sum = f->parts + part * work, *z = sum + size, *row = z + f->outputs;
-        memset(sum, 0, (size_t)size * sizeof *sum);
-        for (int64_t i = f->n * part / PROBE_PARTS; i < f->n * (part + 1) / PROBE_PARTS; i++) {
-            probe_row(f, i, row);
-            for (int64_t k = 0; k < f->outputs; k++) z[k] = inner(w + k * d, row, d);
-            losses[part] += probe_loss(f, i, z);
-            for (int64_t k = 0; k < f->outputs; k++) add_scaled(sum + k * d, z[k], row, d);
-        }
-    }
-    for (int64_t j = 0; j < size; j++) {
+    int64_t d = f->d;
+    double loss = 0;
+    for (int64_t j = 0; j < f->outputs * d; j++) {
         gradient[j] = (j + 1) % d ? f->strength * w[j] : 0;
         loss += gradient[j] * w[j] / 2;
     }
-    for (int part = 0; part < PROBE_PARTS; part++) {
-        add_scaled(gradient, 1, f->parts + part * work, size);
-        loss += losses[part];
+    for (int64_t i = 0; i < f->n; i++) {
+        probe_row(f, i);
+        for (int64_t k = 0; k < f->outputs; k++) f->z[k] = inner(w + k * d, f->row, d);
+        loss += probe_loss(f, i);
+        for (int64_t k = 0; k < f->outputs; k++) add_scaled(gradient + k * d, f->z[k], f->row, d);
     }
     return loss;
 }
@@ -3250,15 +3240,13 @@ static double probe_pass(const Probe *f, const double *w, double *gradient) {
 // The weighed X^T X + strength = factor . factor^T (lower triangle). With up to two outputs, and at
 // w = 0, that is the Hessian along steps that add up to nothing over the outputs, as all steps do.
 static void probe_factor(const Probe *f) {
-    int64_t d = f->d, work = f->outputs * d + f->outputs + d;
+    int64_t d = f->d;
     memset(f->factor, 0, (size_t)(d * d) * sizeof *f->factor);
-    #pragma omp parallel for schedule(dynamic) if (f->n * d * d > 1 << 20)
-    for (int part = 0; part < PROBE_PARTS; part++) {        // some rows of the factor
-        double *row = f->parts + part * work;
+    for (int64_t from = 0; from < d; from += 16) {  // rows of the factor that stay in the cache
         for (int64_t r = 0; r < f->n; r++) {
-            probe_row(f, r, row);
-            for (int64_t i = d * part / PROBE_PARTS; i < d * (part + 1) / PROBE_PARTS; i++) {
-                add_scaled(f->factor + i * d, f->curve[r] * row[i], row, i + 1);
+            probe_row(f, r);
+            for (int64_t i = from; i < d && i < from + 16; i++) {
+                add_scaled(f->factor + i * d, f->curve[r] * f->row[i], f->row, i + 1);
             }
         }
     }
@@ -3290,14 +3278,15 @@ static double probe_solve(const Probe *f, const double *gradient, double *v) {
 }
 
 // Fits the probe described above; classes is 1 for a regression. w is [classes][d + 1], the bias
-// last. The same bits for any number of threads.
+// last.
 static void probe_fit(const float *x, const double *y, int64_t n, int64_t d, int classes,
                       double strength, double *w) {
-    int64_t width = d + 1, size = classes * width, work = PROBE_PARTS * (size + classes + width);
+    int64_t width = d + 1, size = classes * width, numbers = n + classes + (1 + width) * width;
     Probe f = {x, y, n, width, classes, classes == 2 ? 2 * strength : strength, .curve = NULL};
-    f.curve = allocate(n + work + width * width + 2 * size, sizeof *f.curve, "probe");
-    f.parts = f.curve + n;
-    f.factor = f.parts + work;
+    f.curve = allocate(numbers + 2 * size, sizeof *f.curve, "probe");
+    f.row = f.curve + n;
+    f.z = f.row + width;
+    f.factor = f.z + classes;
     double *gradient = f.factor + width * width, *v = gradient + size;
     memset(w, 0, (size_t)size * sizeof *w);
     double loss = probe_pass(&f, w, gradient), most = loss, slope = 0, length = 1;
@@ -3306,7 +3295,7 @@ static void probe_fit(const float *x, const double *y, int64_t n, int64_t d, int
         if (turn % PROBE_TURNS == 0) {
             probe_factor(&f);
             slope = probe_solve(&f, gradient, v);
-            most = loss * (1 + 1e-13);
+            most = loss * (1 + 1e-12);
             length = 1;
         }
         add_scaled(w, -length, v, size);
@@ -5188,6 +5177,7 @@ static void fit_probes(Evaluation *e) {
         e->entry[k]->features = allocate(n * d, sizeof(float), "pooled features");
     }
     run_requests(e, train);
+    #pragma omp parallel for schedule(dynamic)
     for (int64_t k = 0; k < e->n; k++) {
         Entry *x = e->entry[k];
         x->weights = allocate(train->n_labels * (d + 1), sizeof *x->weights, "probes");
