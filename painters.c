@@ -91,53 +91,56 @@ static void warn(const char *format, ...) {
 }
 
 // Zeroed memory on a 64-byte boundary; dies naming `what` when it does not fit. Pages that are
-// never touched cost nothing, since calloc leaves zeroing to the system.
+// never touched cost nothing, since calloc leaves zeroing to the system. Before it stand its size
+// and what calloc gave.
 static void *allocate(int64_t count, int64_t size, const char *what) {
     bool possible = count >= 0 && count <= (int64_t)(PTRDIFF_MAX - 128) / size;
-    char *raw = possible ? calloc(1, (size_t)(count * size) + 64) : NULL;
+    char *raw = possible ? calloc(1, (size_t)(count * size) + 128) : NULL;
     if (!raw) {
         die("memory: %s: %lld items of %lld bytes do not fit; use a smaller --batch, or a machine "
             "with more memory", what, (long long)count, (long long)size);
     }
-    char *p = raw + 64 - (uintptr_t)raw % 64;
-    p[-1] = (char)(p - raw);
+    void *p = raw + 128 - (uintptr_t)raw % 64;
+    ((int64_t *)p)[-2] = count * size;
+    ((void **)p)[-1] = raw;
     return p;
 }
 
-// Gives back what allocate() or grow() gave; NULL is allowed.
+// The size in bytes of what allocate() or grow() gave; NULL has none.
+static int64_t allocated(const void *p) { return p ? ((const int64_t *)p)[-2] : 0; }
+
+// Gives it back; NULL is allowed.
 static void release(void *p) {
-    if (p) free((char *)p - ((char *)p)[-1]);
+    if (p) free(((void **)p)[-1]);
 }
 
 // Makes room for `need` items in a growing array, keeping what it holds.
-static void *grow(void *p, int64_t *capacity, int64_t need, int64_t size, const char *what) {
-    if (need <= *capacity) return p;
-    int64_t more = *capacity < 8 ? 16 : *capacity * 2;
-    if (more < need) more = need;
-    void *bigger = allocate(more, size, what);
-    if (p) memcpy(bigger, p, (size_t)(*capacity * size));
+static void *grow(void *p, int64_t need, int64_t size, const char *what) {
+    int64_t bytes = allocated(p), more = bytes / size < 8 ? 16 : bytes / size * 2;
+    if (need * size <= bytes) return p;
+    void *bigger = allocate(more < need ? need : more, size, what);
+    if (p) memcpy(bigger, p, (size_t)bytes);
     release(p);
-    *capacity = more;
     return bigger;
 }
 
 typedef struct {                // a growing list of token ids
     int *id;
-    int64_t n, capacity;
+    int64_t n;
 } Ids;
 
 static void ids_push(Ids *ids, int id) {
-    ids->id = grow(ids->id, &ids->capacity, ids->n + 1, sizeof *ids->id, "token ids");
+    ids->id = grow(ids->id, ids->n + 1, sizeof *ids->id, "token ids");
     ids->id[ids->n++] = id;
 }
 
 typedef struct {                // a growing string of bytes, always with a NUL behind it
     char *s;
-    int64_t n, capacity;
+    int64_t n;
 } Text;
 
 static void text_add(Text *t, const char *s, int64_t n) {
-    t->s = grow(t->s, &t->capacity, t->n + n + 1, 1, "text");
+    t->s = grow(t->s, t->n + n + 1, 1, "text");
     if (n) memcpy(t->s + t->n, s, (size_t)n);
     t->n += n;
     t->s[t->n] = 0;
@@ -149,7 +152,7 @@ static void text_printf(Text *t, const char *format, ...) {
     va_start(args, format);
     int n = vsnprintf(NULL, 0, format, args);
     va_end(args);
-    t->s = grow(t->s, &t->capacity, t->n + n + 1, 1, "text");
+    t->s = grow(t->s, t->n + n + 1, 1, "text");
     va_start(args, format);
     t->n += vsnprintf(t->s + t->n, (size_t)n + 1, format, args);
     va_end(args);
@@ -162,14 +165,14 @@ static char *copy_string(const char *s) {
 // The files that this run has read or written, so that no output takes the place of one.
 static struct {
     char **path;
-    int64_t n, capacity;
+    int64_t n;
 } used;
 
 static void use_file(const char *path) {
     for (int64_t i = 0; i < used.n; i++) {
         if (!strcmp(used.path[i], path)) return;
     }
-    used.path = grow(used.path, &used.capacity, used.n + 1, sizeof *used.path, "names of files");
+    used.path = grow(used.path, used.n + 1, sizeof *used.path, "names of files");
     used.path[used.n++] = copy_string(path);
 }
 
@@ -278,7 +281,6 @@ typedef struct {
     int *layer;                 // [n_slots]
     const char *method;         // where it came from, for tables: "skip", ...
     int64_t start, argument;    // S (or the layer of drop and swap); seed or R; -1 where unused
-    int64_t first_capacity, layer_capacity;
 } Schedule;
 
 enum { MAX_SLOTS = 1000000 };   // a typo such as *999999999 should not fill the memory
@@ -286,8 +288,8 @@ enum { MAX_SLOTS = 1000000 };   // a typo such as *999999999 should not fill the
 // Adds a layer as a step of its own (parallel = false) or to the group that is the last step.
 static void schedule_add(Schedule *s, int layer, bool parallel) {
     if (s->n_slots >= MAX_SLOTS) die("schedule: more than %d layers to run; use fewer", MAX_SLOTS);
-    s->layer = grow(s->layer, &s->layer_capacity, s->n_slots + 1, sizeof *s->layer, "schedule");
-    s->first = grow(s->first, &s->first_capacity, s->n_steps + 2, sizeof *s->first, "schedule");
+    s->layer = grow(s->layer, s->n_slots + 1, sizeof *s->layer, "schedule");
+    s->first = grow(s->first, s->n_steps + 2, sizeof *s->first, "schedule");
     s->layer[s->n_slots++] = layer;
     if (!parallel) s->n_steps++;
     s->first[s->n_steps] = s->n_slots;
@@ -520,19 +522,19 @@ typedef struct {
     Tensor output;                          // Llama: the head, [vocab, dim]; `embed` where tied
     Tensor norm;                            // Llama: the final norm, [dim]
     Tensor positions, segments, embed_norm; // BERT: [max_length, dim], [n_segments, dim], [dim]
-    bool has_pooler, has_mlm;
-    Tensor pooler, mlm, mlm_norm, mlm_out;  // BERT: [dim, dim] twice, [dim], [vocab, dim]
+    Tensor pooler, mlm, mlm_norm, mlm_out;  // BERT: [dim, dim] twice, [dim], [vocab, dim]; the
+                                            // first two have no data where the file has none
     Layer *layers;                          // [n_layers]
     Head *heads;                            // [n_heads_named]
     float *rope_frequency;                  // Llama: [head_dim / 2], radians per position
     Tokenizer *tokenizer;                   // NULL where the file has none
     void **own;                             // [n_own]: what model_free() gives back
-    int64_t n_own, own_capacity;
+    int64_t n_own;
 } Model;
 
 // allocate(), for as long as the model lives.
 static void *model_allocate(Model *m, int64_t count, int64_t size, const char *what) {
-    m->own = grow(m->own, &m->own_capacity, m->n_own + 1, sizeof *m->own, "model");
+    m->own = grow(m->own, m->n_own + 1, sizeof *m->own, "model");
     return m->own[m->n_own++] = allocate(count, size, what);
 }
 
@@ -728,8 +730,6 @@ static void model_weights(Model *m) {
     int64_t d = m->dim, h = m->hidden, vocab = m->vocab_size;
     int64_t q = (int64_t)m->n_heads * m->head_dim, kv = (int64_t)m->n_kv_heads * m->head_dim;
     bool bert = m->arch == BERT, head = !bert && model_find(m, "head");
-    m->has_pooler = bert && model_find(m, "pooler");
-    m->has_mlm = bert && model_find(m, "mlm");
     m->embed = model_part(m, "", "embed", vocab, d, false);
     m->output = model_part(m, "", head ? "head" : "embed", vocab, d, false);
     if (bert) {
@@ -740,8 +740,8 @@ static void model_weights(Model *m) {
     } else {
         m->norm = model_part(m, "", "norm", 0, d, false);
     }
-    if (m->has_pooler) m->pooler = model_part(m, "", "pooler", d, d, true);
-    if (m->has_mlm) {
+    if (bert && model_find(m, "pooler")) m->pooler = model_part(m, "", "pooler", d, d, true);
+    if (bert && model_find(m, "mlm")) {
         const char *output = model_find(m, "mlm_out") ? "mlm_out" : "embed";
         m->mlm = model_part(m, "", "mlm", d, d, true);
         m->mlm_norm = model_part(m, "", "mlm_norm", 0, d, true);
@@ -796,16 +796,12 @@ static uint64_t hash_bytes(const unsigned char *p, int64_t n) {
 
 // Memory of the calling thread for intermediate results; slot's previous contents are lost.
 static float *scratch(int slot, int64_t floats) {
-    static _Thread_local struct {
-        float *p;
-        int64_t floats;
-    } memory[2];
-    if (floats > memory[slot].floats) {
-        release(memory[slot].p);
-        memory[slot].p = allocate(floats, sizeof(float), "intermediate results");
-        memory[slot].floats = floats;
+    static _Thread_local float *memory[2];
+    if (floats * (int64_t)sizeof(float) > allocated(memory[slot])) {
+        release(memory[slot]);
+        memory[slot] = allocate(floats, sizeof(float), "intermediate results");
     }
-    return memory[slot].p;
+    return memory[slot];
 }
 
 // The next piece of work that no thread has taken.
@@ -1720,7 +1716,7 @@ typedef struct {
 typedef struct {                // the rows that the next pass runs
     Token *tokens;              // [n_rows]
     int64_t *first;             // [n_runs + 1]: run i is rows first[i] to first[i + 1]
-    int64_t n_rows, n_runs, row_capacity, run_capacity;
+    int64_t n_rows, n_runs;
     int64_t n_pairs;            // of a row and a key that it sees
 } Batch;
 
@@ -1728,7 +1724,7 @@ typedef struct {                // everything a forward pass needs beside the mo
     const Model *model;
     bool kv_mean;               // --kv mean: one slot per parallel step (SPEC: the public code)
     Sequence *sequences;
-    int64_t n_sequences, sequences_capacity;
+    int64_t n_sequences;
     Batch batch;
     float *x, *y, *mean;                        // [rows][dim]: the residual stream before a layer,
                                                 // behind it, and the mean of a step's layers
@@ -1751,7 +1747,8 @@ static Session *session_new(const Model *m) {
 }
 
 static void session_free(Session *s) {
-    for (int64_t i = 0; i < s->sequences_capacity; i++) release(s->sequences[i].data);
+    int64_t n = allocated(s->sequences) / (int64_t)sizeof *s->sequences;    // used and forgotten
+    for (int64_t i = 0; i < n; i++) release(s->sequences[i].data);
     release(s->sequences);
     release(s->batch.tokens);
     release(s->batch.first);
@@ -1772,8 +1769,7 @@ static void session_reset(Session *s, int64_t keep) {
 static int sequence_new(Session *s, int parent, int64_t capacity, int64_t n_slots) {
     const Model *m = s->model;
     int64_t width = m->n_kv_heads * (m->head_dim + value_stride(m));
-    s->sequences = grow(s->sequences, &s->sequences_capacity, s->n_sequences + 1,
-                        sizeof *s->sequences, "sequences");
+    s->sequences = grow(s->sequences, s->n_sequences + 1, sizeof *s->sequences, "sequences");
     const Sequence *p = parent < 0 ? NULL : &s->sequences[parent];
     Sequence *q = &s->sequences[s->n_sequences];
     q->parent = parent;
@@ -1815,8 +1811,8 @@ static void batch_add(Session *s, int sequence, int token, int segment) {
     if (m->arch == BERT && (segment < 0 || segment >= m->n_segments)) {
         die("segment %d is out of range; the model knows 0 to %d", segment, m->n_segments - 1);
     }
-    b->tokens = grow(b->tokens, &b->row_capacity, b->n_rows + 1, sizeof *b->tokens, "batch");
-    b->first = grow(b->first, &b->run_capacity, b->n_runs + 2, sizeof *b->first, "batch");
+    b->tokens = grow(b->tokens, b->n_rows + 1, sizeof *b->tokens, "batch");
+    b->first = grow(b->first, b->n_runs + 2, sizeof *b->first, "batch");
     bool goes_on = b->n_rows && b->tokens[b->n_rows - 1].sequence == sequence &&
                    b->n_rows - b->first[b->n_runs - 1] < RUN;
     if (!goes_on) b->n_runs++;
@@ -2086,7 +2082,7 @@ static float *pick_rows(const Session *s, const int64_t *rows, int64_t n) {
 // head. out: [n][vocab].
 static void logits(Session *s, const int64_t *rows, int64_t n, float *out) {
     const Model *m = s->model;
-    if (m->arch == BERT && !m->has_mlm) {
+    if (m->arch == BERT && !m->mlm.data) {
         die("%s: has no masked-LM head; export a checkpoint with one", m->path);
     }
     float *x = pick_rows(s, rows, n), *h = x + n * m->dim;
@@ -2105,7 +2101,7 @@ static void logits(Session *s, const int64_t *rows, int64_t n, float *out) {
 // BERT's pooled output of chosen rows (those of [CLS]): tanh of a dense layer. out: [n][dim].
 static void pooled(Session *s, const int64_t *rows, int64_t n, float *out) {
     const Model *m = s->model;
-    if (!m->has_pooler) die("%s: has no pooler; export a checkpoint with one", m->path);
+    if (!m->pooler.data) die("%s: has no pooler; export a checkpoint with one", m->path);
     float *x = pick_rows(s, rows, n);
     matmul(out, x, &m->pooler, n);
     for (int64_t i = 0; i < n * m->dim; i++) out[i] = tanhf(out[i]);
@@ -2466,7 +2462,7 @@ typedef struct {            // some bytes of the text, a piece in the making
 
 typedef struct {            // a run of text that merges by itself
     const char *s;          // [n]
-    int64_t n, capacity;
+    int64_t n;
     Symbol *symbol;         // [n + 1] by the byte that it starts at. They hold a tournament of
                             // pairs: its node n + i is symbol i, and each node k below n has the
                             // better of nodes 2k and 2k + 1, so that node 1 has the best of all
@@ -2488,7 +2484,7 @@ static void score_pair(const Tokenizer *t, Bpe *b, int64_t i) {
 
 // Merges s[0 .. n) and appends its ids.
 static void merge_run(const Tokenizer *t, Bpe *b, const char *s, int64_t n, Ids *out) {
-    Symbol *symbol = b->symbol = grow(b->symbol, &b->capacity, n + 2, sizeof *symbol, "symbols");
+    Symbol *symbol = b->symbol = grow(b->symbol, n + 2, sizeof *symbol, "symbols");
     b->s = s;
     b->n = n;
     memset(symbol, 0, (size_t)(n + 2) * sizeof *symbol);
@@ -2697,7 +2693,7 @@ static void model_free(Model *m) {
     release(m);
 }
 
-// Natural logarithm of the softmax of z at `token`; *best gets the largest one's index.
+// Natural logarithm of the softmax of z at `token`; *best becomes the largest one's index.
 static double log_softmax_at(const float *z, int64_t n, int token, int *best) {
     int top = 0;
     for (int64_t i = 1; i < n; i++) {
@@ -2705,7 +2701,7 @@ static double log_softmax_at(const float *z, int64_t n, int token, int *best) {
     }
     double sum = 0;
     for (int64_t i = 0; i < n; i++) sum += (double)expf(z[i] - z[top]);
-    if (best) *best = top;
+    *best = top;
     return (double)(z[token] - z[top]) - log(sum);
 }
 
@@ -3362,7 +3358,7 @@ typedef struct {
     int64_t n_items;
     Ids pool;
     Request *requests;
-    int64_t n_requests, requests_capacity;
+    int64_t n_requests;
     bool *cut;                              // [n_items]: did not fit the context
     const Head *classifier;                 // BERT: with the order of its labels
     int *label_of;                          // [outputs]: the task's label of each output
@@ -3386,8 +3382,7 @@ struct Kind {
 };
 
 static Request *new_request(Task *t, int64_t item) {
-    t->requests = grow(t->requests, &t->requests_capacity, t->n_requests + 1, sizeof *t->requests,
-                       "requests");
+    t->requests = grow(t->requests, t->n_requests + 1, sizeof *t->requests, "requests");
     Request *r = &t->requests[t->n_requests++];
     *r = (Request){.item = item, .mask_at = -1, .first = t->pool.n};
     return r;
@@ -3609,9 +3604,8 @@ static bool unescape(char *s) {
 // their end.
 static char **split(char *s, char separator, int *n) {
     char **piece = NULL;
-    int64_t capacity = 0;
     for (*n = 0;; s++) {
-        piece = grow(piece, &capacity, *n + 1, sizeof *piece, "fields");
+        piece = grow(piece, *n + 1, sizeof *piece, "fields");
         piece[(*n)++] = s;
         for (; *s && *s != separator; s++) {
             if (*s == '\\' && s[1] && s[1] != '\n') s++;
@@ -3765,7 +3759,7 @@ typedef struct {                // a schedule and its results
 typedef struct {                // results: in memory, and line by line in an append-only file
     Entry *entries;
     Task *tasks[MAX_TASKS];
-    int64_t n_entries, capacity, n_wanted;  // this run's come first, then others from the file
+    int64_t n_entries, n_wanted;            // this run's come first, then others from the file
     int64_t latest;                         // found; of lines of a file most are the same or next
     int n_tasks, n_wanted_tasks;
     char *identity, family[8], bos[8];      // identity: the line that says what results belong to
@@ -3804,7 +3798,7 @@ static Entry *store_schedule(Store *st, Schedule s) {
     if (!strcmp(s.method, "path")) text_printf(&key, ":%s", new.text);
     if ((known = store_find(st, key.s))) return known;
     new.key = key.s;
-    st->entries = grow(st->entries, &st->capacity, st->n_entries + 1, sizeof new, "schedules");
+    st->entries = grow(st->entries, st->n_entries + 1, sizeof new, "schedules");
     st->entries[st->n_entries] = new;
     return &st->entries[st->n_entries++];
 }
@@ -3992,7 +3986,7 @@ typedef struct {                // the evaluator at work on the items of one tas
     Task *t, *train;            // train: of --probe, or NULL
     int64_t first, last;        // the batch holds requests first .. last-1
     Target *target;             // [n_targets]: its rows to score
-    int64_t n_targets, capacity;
+    int64_t n_targets;
     int64_t *row_at;            // [max_length + 1]: rows of the last request's tokens in the batch
     int64_t prefix;             // tokens that all requests begin with, kept as sequence 0; or 0
     int64_t answers, answers_due;
@@ -4217,8 +4211,7 @@ static int add_request(Evaluation *e, Request *r, int q, int64_t more, int64_t n
         s->sequences[q].start = s->sequences[q].end = shared;
         add_rows(s, e->t, r, q, shared, r->n);
     }
-    e->target = grow(e->target, &e->capacity, e->n_targets + r->n_targets, sizeof *e->target,
-                     "tokens to score");
+    e->target = grow(e->target, e->n_targets + r->n_targets, sizeof *e->target, "tokens to score");
     for (int64_t j = 0; j < r->n_targets; j++) {
         e->target[e->n_targets++] = (Target){.request = r, .row = e->row_at[r->row + j],
                                              .token = e->t->pool.id[r->target + j], .sequence = q};
@@ -4892,7 +4885,7 @@ typedef struct {
 // Prepares a report. Sorts the rows.
 static Report make_report(Row *rows, int64_t n) {
     Row *points = allocate(2 * n + 1, sizeof *points, "rows of a report");
-    int64_t capacity = 0, n_points;
+    int64_t n_points;
     if (n) {
         qsort(rows, (size_t)n, sizeof *rows, by_all_keys);
         memcpy(points, rows, (size_t)n * sizeof *rows);
@@ -4907,7 +4900,7 @@ static Report make_report(Row *rows, int64_t n) {
             Figure g = make_figure(points + i, k, view);
             int64_t at = report.n_figures;
             if (!g.rows) continue;
-            report.figures = grow(report.figures, &capacity, at + 1, sizeof g, "figures");
+            report.figures = grow(report.figures, at + 1, sizeof g, "figures");
             report.figures[report.n_figures++] = g;
         }
     }
@@ -5076,8 +5069,8 @@ static void check_task(const Task *t, const Model *m) {
     if (options.probe && !classifies) die("%s: --probe is for kinds classify and regress", t->path);
     if (!bert && m->tokenizer_kind == WORDPIECE) missing = "tokenizer that leaves no text empty";
     else if (bert && (m->bos < 0 || m->eos < 0)) missing = "[CLS] or [SEP] token";
-    else if (bert && !classifies && (!m->has_mlm || m->mask < 0)) missing = "masked-LM head";
-    else if (classifies && !m->has_pooler) missing = "pooler";
+    else if (bert && !classifies && (!m->mlm.data || m->mask < 0)) missing = "masked-LM head";
+    else if (classifies && !m->pooler.data) missing = "pooler";
     if (missing) {
         die("%s: has no %s, which kind %s needs; export a checkpoint with one", m->path, missing,
             k->name);
@@ -5105,7 +5098,7 @@ static Row schedule_row(const Schedule *s, const char *text) {
 // What the store holds, as a report; or, planned, what it will hold, with values of NaN.
 static Report store_report(const Store *st, bool planned) {
     Row *rows = NULL;
-    int64_t n_rows = 0, capacity = 0;
+    int64_t n_rows = 0;
     for (int k = 0; k < st->n_wanted_tasks; k++) {
         const Task *t = st->tasks[k];
         int64_t width = t->kind->width;
@@ -5131,7 +5124,7 @@ static Report store_report(const Store *st, bool planned) {
                 if (!planned) {
                     r.value = metric_value(t->metrics[j], values, r.n, (int)width, &r.error);
                 }
-                rows = grow(rows, &capacity, n_rows + 1, sizeof *rows, "results");
+                rows = grow(rows, n_rows + 1, sizeof *rows, "results");
                 rows[n_rows++] = r;
             }
         }
@@ -5422,8 +5415,8 @@ static void print_info(const Model *m) {
                m->rope == ROPE_HALVES ? "(i, i + head_dim/2)" : "(2i, 2i + 1)",
                m->output.data == m->embed.data ? "tied" : "its own");
     } else {
-        printf("parts         encoder%s%s\n", m->has_pooler ? ", pooler" : "",
-               m->has_mlm ? ", masked-LM head" : "");
+        printf("parts         encoder%s%s\n", m->pooler.data ? ", pooler" : "",
+               m->mlm.data ? ", masked-LM head" : "");
     }
     printf("tokenizer     %s, %d tokens; vocabulary %d, bos %d, eos %d; context %d tokens\n",
            tokenizers[m->tokenizer_kind], m->tokenizer ? m->tokenizer->n_tokens : 0, m->vocab_size,

@@ -35,7 +35,7 @@ static void dump_pass(float *out) {
         if (i > 0) run_step(s, &dump.schedule, i - 1);
         memcpy(dump.states[i] + dump.done * d, s->x, (size_t)(n * d) * sizeof(float));
     }
-    if (m->arch == LLAMA || m->has_mlm) {
+    if (m->arch == LLAMA || m->mlm.data) {
         int64_t *rows = allocate(n, sizeof *rows, "rows");
         for (int64_t i = 0; i < n; i++) rows[i] = i;
         logits(s, rows, n, out + dump.done * m->vocab_size);
@@ -85,7 +85,7 @@ static void dump_finish(float *out) {
         release(dump.states[i]);
     }
     release(dump.states);
-    if (m->arch == LLAMA || m->has_mlm) dump_table("logits", dump.n_rows, m->vocab_size, out);
+    if (m->arch == LLAMA || m->mlm.data) dump_table("logits", dump.n_rows, m->vocab_size, out);
     else if (m->n_heads_named) dump_table("logits", 1, m->heads[0].n_labels, out);
     release(out);
 }

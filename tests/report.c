@@ -7,11 +7,11 @@
 
 // Splits a text into lines and cells in place. Returns the cells; all lines have *cols of them.
 static char **read_cells(const char *path, int64_t *rows, int64_t *cols) {
-    int64_t bytes, n = 0, capacity = 0;
+    int64_t bytes, n = 0;
     char *text = read_file(path, &bytes), **cell = NULL;
     *rows = 0;
     for (char *p = text; *p; p++) {
-        cell = grow(cell, &capacity, n + 1, sizeof *cell, "cells");
+        cell = grow(cell, n + 1, sizeof *cell, "cells");
         cell[n++] = p;
         p += strcspn(p, "\t\n");
         *rows += *p == '\n';
