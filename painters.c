@@ -522,8 +522,8 @@ typedef struct {
     Tensor output;                          // Llama: the head, [vocab, dim]; `embed` where tied
     Tensor norm;                            // Llama: the final norm, [dim]
     Tensor positions, segments, embed_norm; // BERT: [max_length, dim], [n_segments, dim], [dim]
-    Tensor pooler, mlm, mlm_norm, mlm_out;  // BERT: [dim, dim] twice, [dim], [vocab, dim]; the
-                                            // first two have no data where the file has none
+    Tensor pooler, mlm, mlm_norm, mlm_out;  // BERT: [dim, dim] twice, [dim], [vocab, dim];
+                                            // without data where the file has none
     Layer *layers;                          // [n_layers]
     Head *heads;                            // [n_heads_named]
     float *rope_frequency;                  // Llama: [head_dim / 2], radians per position
@@ -799,6 +799,7 @@ static float *scratch(int slot, int64_t floats) {
     static _Thread_local float *memory[2];
     if (floats * (int64_t)sizeof(float) > allocated(memory[slot])) {
         release(memory[slot]);
+        memory[slot] = NULL;            // should allocate() not return
         memory[slot] = allocate(floats, sizeof(float), "intermediate results");
     }
     return memory[slot];
@@ -813,18 +814,29 @@ static int64_t take(int64_t *next) {
 }
 
 // Calls a function whose loops, where marked `omp for`, all threads share; where so many operations
-// are not worth waking the others, on this thread alone. (`omp parallel if` asks the system for
-// something even then: that was a third of the time of the smallest models.)
+// are not worth waking the others, on this thread alone. (`omp parallel if` makes a team even then,
+// and takes it apart with a call of the system: that was a third of the time of small models.)
+// A function with sums of its own is ONE_COPY: compilers may round two copies differently.
+#define ONE_COPY __attribute__((noinline))
 #define TOGETHER(operations, call) \
     do { \
-        if ((operations) > WORTH_THREADS) { \
+        if ((operations) > WORTH_THREADS || in_parallel()) { \
             _Pragma("omp parallel") \
             call; \
         } else { \
             call; \
         } \
     } while (0)
-enum { WORTH_THREADS = 1 << 19 };
+enum { WORTH_THREADS = 1 << 19 };       // kernels do some four multiplications in the time of one
+
+// Is this a thread of somebody else's team, which must not share these loops?
+static bool in_parallel(void) {
+#ifdef _OPENMP
+    return omp_in_parallel();
+#else
+    return false;
+#endif
+}
 
 // float16 has 5 bits of exponent and 10 of fraction; exponent 0 is fraction * 2^-24, 31 is inf/nan.
 static float from_f16(uint16_t h) {
@@ -973,9 +985,9 @@ enum {
     PAD = 16,                   // rows a power of two apart would share cache lines
     CHUNK = 128,                // rows of x that meet a panel, at most
     GROUP = 8,                  // panels that meet a chunk one after another
-    FEW = 32,                   // up to so many, W is read as it is stored
-    LONG = 1024,                // from so many columns on, W meets a single row of x row by row,
-    AHEAD = 6144                // and is fetched so many bytes ahead
+    FEW = 32,                   // up to so many, W is read as it is stored; then so many at a time
+    LONG = 1024,                // columns from which on W, unless slow to widen, meets a single row
+    AHEAD = 6144                // of x row by row, fetched so many bytes ahead
 };
 
 typedef struct {                // a panel of W and some rows of x
@@ -1146,7 +1158,7 @@ static void widen_part(float *out, const Tensor *w, int64_t row, int64_t k, int6
 
 // Outputs of n rows of x from i0 on and m of W from r0 on. Rows that W lacks repeat its last one.
 // Meanwhile the next rows of W are fetched, a part of them beside each of so many `tiles` of x; or,
-// where those are copies that are in a cache already, the next rows of x.
+// where those are copies that are in a cache already, the next rows of x, if there are any.
 INLINE void outputs_of(const Block *p, int64_t i0, int64_t r0, int64_t tile, int64_t tiles,
                        const int n, const int m, const int type) {
     const int bytes = WEIGHT_BYTES(type);
@@ -1874,7 +1886,7 @@ static void attention(Session *s, int64_t slot) {
 }
 
 // RMSNorm (Zhang and Sennrich 2019) of n rows: out = x / rms(x) * weight.
-static void rms_norm(float *out, const float *x, const Tensor *norm, const Model *m, int64_t n) {
+ONE_COPY static void rms_norm(float *out, const float *x, const Tensor *norm, const Model *m, int64_t n) {
     const float *weight = norm->data;
     int64_t d = m->dim;
     #pragma omp for
@@ -1886,7 +1898,7 @@ static void rms_norm(float *out, const float *x, const Tensor *norm, const Model
 }
 
 // LayerNorm (Ba et al. 2016) of n rows, in place: x = (x - mean) / deviation * weight + bias.
-static void layer_norm(float *x, const Tensor *norm, const Model *m, int64_t n) {
+ONE_COPY static void layer_norm(float *x, const Tensor *norm, const Model *m, int64_t n) {
     const float *weight = norm->data, *bias = norm->bias;
     int64_t d = m->dim;
     #pragma omp for
@@ -1902,7 +1914,7 @@ static void layer_norm(float *x, const Tensor *norm, const Model *m, int64_t n) 
 }
 
 // Rotary position embedding (Su et al. 2021) of n_heads heads in each row, in place.
-static void rotate(const Session *s, float *x, int n_heads) {
+ONE_COPY static void rotate(const Session *s, float *x, int n_heads) {
     const Model *m = s->model;
     int64_t half = m->head_dim / 2, width = (int64_t)n_heads * m->head_dim;
     int64_t step = m->rope == ROPE_PAIRS ? 2 : 1, other = m->rope == ROPE_PAIRS ? 1 : half;
@@ -1924,8 +1936,8 @@ static void add(float *sum, const float *a, const float *b, int64_t n) {
     for (int64_t i = 0; i < n; i++) sum[i] = a[i] + b[i];
 }
 
-// The activation of the feed-forward layers, of all rows. (Kernels have no `omp for` of their own
-// here: compilers then round alike with OpenMP and without.)
+// The activation of the feed-forward layers, of all rows. The loop is here, not in the kernels, so
+// that compilers round alike with OpenMP and without.
 static void activate(Session *s) {
     int64_t hidden = s->model->hidden;
     #pragma omp for
@@ -1947,7 +1959,7 @@ static void llama_layer(Session *s, const Layer *l, int64_t slot) {
     matmul(s->v, s->h, &l->v, n);
     TOGETHER(size, rotate(s, s->q, m->n_heads));
     TOGETHER(size, rotate(s, s->k, m->n_kv_heads));
-    TOGETHER(s->batch.n_pairs * m->dim, attention(s, slot));
+    TOGETHER(s->batch.n_pairs * m->n_heads * m->head_dim, attention(s, slot));
     matmul(s->h, s->att, &l->o, n);
     TOGETHER(size, add(s->y, s->x, s->h, size));
 
@@ -1967,7 +1979,7 @@ static void bert_layer(Session *s, const Layer *l, int64_t slot) {
     matmul(s->q, s->x, &l->q, n);
     matmul(s->k, s->x, &l->k, n);
     matmul(s->v, s->x, &l->v, n);
-    TOGETHER(s->batch.n_pairs * m->dim, attention(s, slot));
+    TOGETHER(s->batch.n_pairs * m->n_heads * m->head_dim, attention(s, slot));
     matmul(s->h, s->att, &l->o, n);
     TOGETHER(size, add(s->y, s->x, s->h, size));
     TOGETHER(size, layer_norm(s->y, &l->attn_norm, m, n));
@@ -1980,7 +1992,7 @@ static void bert_layer(Session *s, const Layer *l, int64_t slot) {
 }
 
 // Takes x into a mean, as number i of n: they are added in their order, and the last one divides.
-static void average(float *mean, const float *x, int64_t size, int64_t i, int64_t n) {
+ONE_COPY static void average(float *mean, const float *x, int64_t size, int64_t i, int64_t n) {
     #pragma omp for
     for (int64_t j = 0; j < size; j++) {
         float sum = i == 0 ? x[j] : mean[j] + x[j];
@@ -2038,13 +2050,12 @@ static void session_room(Session *s) {
     for (int i = 0; i < PIECES; at += n * pieces[i++].width) *pieces[i].p = at;
 }
 
-// Starts a pass: the rows' embeddings in s->x, and how far their positions turn.
-static void embed(Session *s) {
+// The rows' embeddings in s->x, and how far their positions turn.
+static void embed_rows(Session *s) {
     const Model *m = s->model;
-    int64_t n = s->batch.n_rows, d = m->dim, half = m->head_dim / 2;
-    session_room(s);
-    #pragma omp parallel for if (n * d > WORTH_THREADS)
-    for (int64_t r = 0; r < n; r++) {
+    int64_t d = m->dim, half = m->head_dim / 2;
+    #pragma omp for
+    for (int64_t r = 0; r < s->batch.n_rows; r++) {
         const Token *token = &s->batch.tokens[r];
         float *x = s->x + r * d, *position = s->y + r * d, *segment = s->h + r * d;
         widen(x, &m->embed, token->id);
@@ -2058,7 +2069,15 @@ static void embed(Session *s) {
         widen(position, &m->positions, token->position);
         for (int64_t i = 0; i < d; i++) x[i] = x[i] + segment[i] + position[i];
     }
-    if (m->arch == BERT) TOGETHER(n * d, layer_norm(s->x, &m->embed_norm, m, n));
+}
+
+// Starts a pass.
+static void embed(Session *s) {
+    const Model *m = s->model;
+    int64_t n = s->batch.n_rows, size = n * m->dim;
+    session_room(s);
+    TOGETHER(size, embed_rows(s));
+    if (m->arch == BERT) TOGETHER(size, layer_norm(s->x, &m->embed_norm, m, n));
 }
 
 // Runs the rows of the batch through the steps of a schedule. After each, s->x holds their hidden
@@ -2087,12 +2106,12 @@ static void logits(Session *s, const int64_t *rows, int64_t n, float *out) {
     }
     float *x = pick_rows(s, rows, n), *h = x + n * m->dim;
     if (m->arch == LLAMA) {
-        rms_norm(h, x, &m->norm, m, n);
+        TOGETHER(n * m->dim, rms_norm(h, x, &m->norm, m, n));
         matmul(out, h, &m->output, n);
     } else {
         matmul(h, x, &m->mlm, n);
         gelu(h, n * m->dim);
-        layer_norm(h, &m->mlm_norm, m, n);
+        TOGETHER(n * m->dim, layer_norm(h, &m->mlm_norm, m, n));
         matmul(out, h, &m->mlm_out, n);
     }
     release(x);
@@ -3291,7 +3310,7 @@ static void probe_fit(const float *x, const double *y, int64_t n, int64_t d, int
         if (turn % PROBE_TURNS == 0) {
             probe_factor(&f);
             slope = probe_solve(&f, gradient, v);
-            most = loss * (1 + 1e-12);
+            most = loss * (1 + 1e-12);              // a sum over all rows is no more exact
             length = 1;
         }
         add_scaled(w, -length, v, size);
@@ -5170,9 +5189,10 @@ static void fit_probes(Evaluation *e) {
         e->entry[k]->features = allocate(n * d, sizeof(float), "pooled features");
     }
     run_requests(e, train);
-    #pragma omp parallel for schedule(dynamic)
+    #pragma omp parallel for schedule(dynamic)      // one thread a fit: the features took longer
     for (int64_t k = 0; k < e->n; k++) {
         Entry *x = e->entry[k];
+        release(x->weights);
         x->weights = allocate(train->n_labels * (d + 1), sizeof *x->weights, "probes");
         probe_fit(x->features, gold, n, d, train->n_labels, options.strength, x->weights);
         release(x->features);
