@@ -813,10 +813,21 @@ static int64_t take(int64_t *next) {
     return i;
 }
 
+enum { WORTH_THREADS = 1 << 19 };       // operations; a kernel does four products in the time of one
+
+// Is this a thread of somebody else's team, which must not share our loops?
+static bool in_parallel(void) {
+#ifdef _OPENMP
+    return omp_in_parallel();
+#else
+    return false;
+#endif
+}
+
 // Calls a function whose loops, where marked `omp for`, all threads share; where so many operations
 // are not worth waking the others, on this thread alone. (`omp parallel if` makes a team even then,
-// and takes it apart with a call of the system: that was a third of the time of small models.)
-// A function with sums of its own is ONE_COPY: compilers may round two copies differently.
+// and takes it apart with a call of the system: a quarter of the time of stories260K.) A function
+// with sums of its own is ONE_COPY: compilers may round two copies differently.
 #define ONE_COPY __attribute__((noinline))
 #define TOGETHER(operations, call) \
     do { \
@@ -827,16 +838,6 @@ static int64_t take(int64_t *next) {
             call; \
         } \
     } while (0)
-enum { WORTH_THREADS = 1 << 19 };       // kernels do some four multiplications in the time of one
-
-// Is this a thread of somebody else's team, which must not share these loops?
-static bool in_parallel(void) {
-#ifdef _OPENMP
-    return omp_in_parallel();
-#else
-    return false;
-#endif
-}
 
 // float16 has 5 bits of exponent and 10 of fraction; exponent 0 is fraction * 2^-24, 31 is inf/nan.
 static float from_f16(uint16_t h) {
@@ -985,9 +986,9 @@ enum {
     PAD = 16,                   // rows a power of two apart would share cache lines
     CHUNK = 128,                // rows of x that meet a panel, at most
     GROUP = 8,                  // panels that meet a chunk one after another
-    FEW = 32,                   // up to so many, W is read as it is stored; then so many at a time
-    LONG = 1024,                // columns from which on W, unless slow to widen, meets a single row
-    AHEAD = 6144                // of x row by row, fetched so many bytes ahead
+    FEW = 32,                   // those that meet a panel which is read as it is stored, at most
+    LONG = 1024,                // columns of W from which on its rows meet a single x one by one,
+    AHEAD = 6144                // fetched so many bytes ahead
 };
 
 typedef struct {                // a panel of W and some rows of x
@@ -1208,15 +1209,16 @@ INLINE void outputs_of(const Block *p, int64_t i0, int64_t r0, int64_t tile, int
 }
 
 // The same for all of the panel and n rows of x, tile by tile: rows of W stay in the nearest cache
-// while all rows of x pass.
+// while all rows of x pass. A single x meets long rows of W one by one, from end to end, where one
+// sum at a time keeps up with memory: in wide vectors, and not of 8-bit weights.
 static void outputs(const Block *p, int64_t n) {
-    bool along = n == 1 && LANES == 16 && p->w->type != Q8 && p->depth >= LONG;
-    int64_t m = along ? 1 : n == 1 ? 4 : TILE_W;
+    bool one_by_one = n == 1 && LANES == 16 && p->w->type != Q8 && p->depth >= LONG;
+    int64_t m = one_by_one ? 1 : n == 1 ? 4 : TILE_W;
     int64_t tiles = (n + TILE_X - 1) / TILE_X, least = n / tiles, some;
     for (int64_t r = 0; r < p->rows; r += m) {
         for (int64_t i = 0, t = 0; t < tiles; i += some, t++) {
             some = least + (t < n - least * tiles);
-            switch (8 * p->w->type + (along ? 0 : some)) {
+            switch (8 * p->w->type + (one_by_one ? 0 : some)) {
 #define TILES(type) \
             case 8 * type: outputs_of(p, 0, r, 0, 1, 1, 1, type); break; \
             case 8 * type + 1: outputs_of(p, 0, r, 0, 1, 1, 4, type); break; \
@@ -1886,7 +1888,8 @@ static void attention(Session *s, int64_t slot) {
 }
 
 // RMSNorm (Zhang and Sennrich 2019) of n rows: out = x / rms(x) * weight.
-ONE_COPY static void rms_norm(float *out, const float *x, const Tensor *norm, const Model *m, int64_t n) {
+ONE_COPY static void rms_norm(float *out, const float *x, const Tensor *norm, const Model *m,
+                              int64_t n) {
     const float *weight = norm->data;
     int64_t d = m->dim;
     #pragma omp for
@@ -2398,7 +2401,7 @@ static void load_piece(Tokenizer *t, SectionReader *r, int i) {
     section_check(r, type >= PIECE_NORMAL && type <= PIECE_BYTE && type != PIECE_UNUSED,
                   "a token of a type that is not 1, 2, 3, 4 or 6");
     section_check(r, length <= (verbatim ? LONGEST_VERBATIM : LONGEST_PIECE), "a token too long");
-    section_check(r, (r->bytes - r->at) / 12 >= t->n_tokens - 1 - i, "the tokens after it cannot fit");
+    section_check(r, (r->bytes - r->at) / 12 >= t->n_tokens - 1 - i, "those after it cannot fit");
     // Of equal texts the last one counts, as in vocab.txt.
     if (type == PIECE_NORMAL || special) t->node[trie_walk(t, PIECES, text, length, true)].id = i;
     if (verbatim) t->node[trie_walk(t, VERBATIM, text, length, true)].id = i;
@@ -3179,7 +3182,7 @@ static double metric_value(const Metric *m, const double *values, int64_t n, int
 // classes only the difference counts, so that their weights are punished twice to be the same as a
 // single logistic. A turn is a Newton step with the Hessian of an earlier one, made as long as the
 // step before it tells (Barzilai and Borwein 1988). Without a Hessian, features that nearly repeat
-// one another would take thousands of turns; a new one for every turn would cost more than it saves.
+// one another would take thousands of turns; one for every turn would cost more than it saves.
 // A regression is solved by the first turn.
 typedef struct {
     const float *x;             // [n][d - 1]; a 1 goes behind each row, whose weight is the bias

@@ -195,6 +195,22 @@ static void check_matmul_bits(int type, int64_t rows, int64_t cols) {
     free_tensor(w);
 }
 
+static void mark(char *done, int n) {
+    #pragma omp for
+    for (int i = 0; i < n; i++) done[i] = 1;
+}
+
+// Threads of a program that embeds this each do all of their own work, however little it is.
+static void check_teams(void) {
+    #pragma omp parallel num_threads(2)
+    for (int64_t work = 0; work <= 2 * WORTH_THREADS; work += 2 * WORTH_THREADS) {
+        char done[100] = {0};
+        TOGETHER(work, mark(done, 100));
+        #pragma omp critical (checks)
+        CHECK(!memchr(done, 0, 100), "a loop was shared with another team (%d)", (int)work);
+    }
+}
+
 typedef struct {                // keys and values in one piece, [count][head_dim]
     float *k, *v;
     int64_t count, head_dim;
@@ -391,6 +407,7 @@ int main(int argc, char **argv) {
 #endif
     kernels_init(NULL);
     printf("this CPU's path is %s\n", kernels_name());
+    check_teams();
     for (int i = 0; i < N_KERNELS; i++) {
         if (!kernels_available(i)) continue;
         kernels_init(kernel_table[i].name);
