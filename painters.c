@@ -2721,9 +2721,9 @@ static double log_softmax_at(const float *z, int64_t n, int token, int *best) {
     for (int64_t i = 1; i < n; i++) {
         if (z[i] > z[top]) top = (int)i;
     }
-    double sum = 0;
-    for (int64_t i = 0; i < n; i++) sum += (double)expf(z[i] - z[top]);
     *best = top;
+    double sum = (double)expf(z[0] - z[top]);
+    for (int64_t i = 1; i < n; i++) sum += (double)expf(z[i] - z[top]);
     return (double)(z[token] - z[top]) - log(sum);
 }
 
