@@ -1460,48 +1460,67 @@ enum {
     TILE_BF16 = 512,                                // bfloat16 in a tile: [16][32]
     AMX_DEPTH = 256,                                // columns of x and W that stay in the caches,
     AMX_GROUP = AMX_DEPTH / 32 * 2 * TILE_BF16,     // which for 16 rows are so many bfloat16
-    AMX_PANEL = 128, AMX_CHUNK = 512                // rows of W that meet rows of x, at most
+    AMX_PANEL = 256, AMX_CHUNK = 512                // rows of W that meet rows of x, at most
 };
 
-static void transpose_tile(float t[16][16]) {
+static void transpose_tile(float *t) {
     __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    for (int d = 1; d < 16; d *= 2) {               // blocks of d x d change places
+    __m512 v[16];
+    UNROLL for (int i = 0; i < 16; i++) v[i] = _mm512_loadu_ps(t + i * 16);
+    UNROLL for (int d = 1; d < 16; d *= 2) {        // blocks of d x d change places
         __m512i by = _mm512_set1_epi32(d), to_second = _mm512_set1_epi32(16);
         __mmask16 right = _mm512_test_epi32_mask(lane, by);
         __m512i upper = _mm512_mask_add_epi32(lane, right, lane, _mm512_sub_epi32(to_second, by));
         __m512i lower = _mm512_mask_add_epi32(_mm512_add_epi32(lane, by), right, lane, to_second);
-        for (int i = 0; i < 16; i++) {
+        UNROLL for (int i = 0; i < 16; i++) {
             if (i & d) continue;
-            __m512 a = _mm512_loadu_ps(t[i]), b = _mm512_loadu_ps(t[i + d]);
-            _mm512_storeu_ps(t[i], _mm512_permutex2var_ps(a, upper, b));
-            _mm512_storeu_ps(t[i + d], _mm512_permutex2var_ps(a, lower, b));
+            __m512 a = v[i], b = v[i + d];
+            v[i] = _mm512_permutex2var_ps(a, upper, b);
+            v[i + d] = _mm512_permutex2var_ps(a, lower, b);
+        }
+    }
+    UNROLL for (int i = 0; i < 16; i++) _mm512_storeu_ps(t + i * 16, v[i]);
+}
+
+// Rows row .. row + 16 of W and AMX_DEPTH columns from k as tiles, [columns / 32][high, low][16][32],
+// with zeros for what W lacks.
+INLINE void amx_pack_of(uint16_t *to, const Tensor *w, int64_t row, int64_t k, const int type) {
+    const int bytes = WEIGHT_BYTES(type);
+    int64_t depth = w->cols - k < AMX_DEPTH ? w->cols - k : AMX_DEPTH;
+    for (int i = 0; i < 16; i++, row++) {
+        const char *from = (const char *)w->data + (row * w->cols + k) * bytes;
+        for (int64_t c = 0; c < depth; c += 32) {
+            uint16_t *high = to + c / 32 * 2 * TILE_BF16 + i * 32;
+            char tail[32 * 4] = {0};
+            const char *p = from + c * bytes;
+            UNROLL for (int b = 0; b < 32 * bytes; b += 64) __builtin_prefetch(p + AMX_DEPTH * bytes + b, 0, 2);
+            if (row >= w->rows) p = tail;
+            else if (depth - c < 32) p = memcpy(tail, p, (size_t)((depth - c) * bytes));
+            if (type == BF16) {
+                memcpy(high, p, 64);
+                continue;
+            }
+            vec_avx512 a = load_weights_avx512(p, type);
+            vec_avx512 b = load_weights_avx512(p + 16 * bytes, type);
+            if (type == Q8 && row < w->rows) {
+                int64_t scales = row * ((w->cols + 31) / 32) + (k + c) / 32;
+                a *= load_scale_avx512(w->scale + scales), b *= load_scale_avx512(w->scale + scales);
+            }
+            _mm512_storeu_si512(high, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
+            a -= load_weights_avx512(high, BF16);
+            b -= load_weights_avx512(high + 16, BF16);
+            _mm512_storeu_si512(high + TILE_BF16,
+                                (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
         }
     }
 }
 
-// Rows row .. row + 16 of W and AMX_DEPTH columns from k as tiles,
-// [columns / 32][high, low][16][32]; `turned`: as second factors have to stand, rows and pairs of
-// columns change places.
-static void amx_pack(uint16_t *to, const Tensor *w, int64_t row, int64_t k, bool turned) {
-    int64_t depth = w->cols - k < AMX_DEPTH ? w->cols - k : AMX_DEPTH;
-    int64_t bytes = WEIGHT_BYTES(w->type);
-    const char *next = (const char *)w->data + (row * w->cols + k + AMX_DEPTH) * bytes;
-    float wide[AMX_DEPTH];
-    for (int i = 0; i < 16; i++) {
-        if (row + i < w->rows) widen_part_avx512(wide, w, row + i, k, depth);
-        else memset(wide, 0, sizeof wide);
-        for (int64_t c = 0; c < depth; c += 32) {
-            uint16_t *high = to + c / 32 * 2 * TILE_BF16 + i * 32;
-            __builtin_prefetch(next + (i * w->cols + c) * bytes);
-            __m512 a = _mm512_loadu_ps(wide + c), b = _mm512_loadu_ps(wide + c + 16);
-            _mm512_storeu_si512(high, (__m512i)_mm512_cvtne2ps_pbh(b, a));
-            a -= load_weights_avx512(high, BF16);
-            b -= load_weights_avx512(high + 16, BF16);
-            _mm512_storeu_si512(high + TILE_BF16, (__m512i)_mm512_cvtne2ps_pbh(b, a));
-        }
-    }
-    for (int64_t t = 0; t < (depth + 31) / 32 * 2 && turned; t++) {
-        transpose_tile((float (*)[16])(void *)(to + t * TILE_BF16));
+static void amx_pack(uint16_t *to, const Tensor *w, int64_t row, int64_t k) {
+    switch (w->type) {
+    case F32: amx_pack_of(to, w, row, k, F32); break;
+    case F16: amx_pack_of(to, w, row, k, F16); break;
+    case BF16: amx_pack_of(to, w, row, k, BF16); break;
+    case Q8: amx_pack_of(to, w, row, k, Q8); break;
     }
 }
 
@@ -1528,15 +1547,14 @@ static void amx_multiply(float *c, const uint16_t *w, const uint16_t *x, int64_t
     _tile_loadd(3, c + 768, 64);
     for (int64_t at = 0; at < tiles * 2 * TILE_BF16; at += 2 * TILE_BF16) {
         FACTORS(4, 5, w)
-        FACTORS(6, 7, x)
-        PRODUCTS()
         if (type != Q8) {
             FACTORS(6, 7, x + TILE_BF16)
             PRODUCTS()
         }
+        FACTORS(6, 7, x)
+        PRODUCTS()
         if (type != BF16) {
             FACTORS(4, 5, w + TILE_BF16)
-            FACTORS(6, 7, x)
             PRODUCTS()
         }
     }
@@ -1561,11 +1579,11 @@ static void amx_outputs(float *y, const uint16_t *x, const Tensor *w, int64_t n,
     for (int64_t k = 0; k < w->cols; k += AMX_DEPTH) {
         int64_t tiles = ((w->cols - k < AMX_DEPTH ? w->cols - k : AMX_DEPTH) + 31) / 32;
         for (int64_t r = 0; r < (rows + 31) / 32 * 32; r += 16) {
-            amx_pack(packed + r / 16 * AMX_GROUP, w, row + r, k, false);
+            amx_pack(packed + r / 16 * AMX_GROUP, w, row + r, k);
         }
+        const uint16_t *from = x + (k / AMX_DEPTH * groups + first / 16) * AMX_GROUP;
         block = c;
-        for (int64_t i = 0; i < some; i += 32) {
-            const uint16_t *from = x + (k / AMX_DEPTH * groups + (first + i) / 16) * AMX_GROUP;
+        for (int64_t i = 0; i < some; i += 32, from += 2 * AMX_GROUP) {
             for (int64_t r = 0; r < rows; r += 32, block += 4 * 256) {
                 amx_multiply(block, packed + r / 16 * AMX_GROUP, from, tiles, w->type, k > 0);
             }
@@ -1577,7 +1595,7 @@ static void amx_outputs(float *y, const uint16_t *x, const Tensor *w, int64_t n,
         for (int64_t r = 0; r < rows; r += 32) {
             for (int q = 0; q < 4; q++, block += 256) {     // a tile of outputs: [16 of W][16 of x]
                 int64_t at = r + q / 2 * 16, left = rows - at;
-                transpose_tile((float (*)[16])(void *)block);
+                transpose_tile(block);
                 for (int64_t j = i + q % 2 * 16, l = 0; l < 16 && j < some && left > 0; j++, l++) {
                     vec_avx512 sum = load_avx512(block + l * 16);
                     if (w->bias) sum += load_some_avx512(w->bias + row + at, left);
@@ -1591,12 +1609,17 @@ static void amx_outputs(float *y, const uint16_t *x, const Tensor *w, int64_t n,
 static void share_of_matmul_amx(float *y, const float *x, const Tensor *w, int64_t n,
                                 uint16_t *packed, int64_t *next) {
     int64_t groups = (n + 31) / 32 * 2, blocks = (w->cols + AMX_DEPTH - 1) / AMX_DEPTH;
-    int64_t panel = n <= FEW ? 32 : AMX_PANEL, panels = (w->rows + panel - 1) / panel;
-    int64_t chunks = (n + AMX_CHUNK - 1) / AMX_CHUNK;
+    int64_t chunks = (n + AMX_CHUNK - 1) / AMX_CHUNK, panel = n <= FEW ? 32 : AMX_PANEL;
+    while (panel > 32 && w->rows / panel * chunks < 8) panel /= 2;      // work for all threads
+    int64_t panels = (w->rows + panel - 1) / panel;
     const Tensor rows = {.type = F32, .rows = n, .cols = w->cols, .data = x};
     #pragma omp for
     for (int64_t i = 0; i < blocks * groups; i++) {
-        amx_pack(packed + i * AMX_GROUP, &rows, i % groups * 16, i / groups * AMX_DEPTH, true);
+        uint16_t *to = packed + i * AMX_GROUP;
+        amx_pack(to, &rows, i % groups * 16, i / groups * AMX_DEPTH);
+        for (int t = 0; t < AMX_GROUP; t += TILE_BF16) {    // as second factors have to stand, rows
+            transpose_tile((float *)(void *)(to + t));      // and pairs of columns change places
+        }
     }
     for (int64_t i; (i = take(next)) < panels * chunks;) {
         int64_t first = i % chunks * AMX_CHUNK, row = i / chunks * panel;
@@ -1625,11 +1648,13 @@ typedef void Attend(float *out, const float *q, int64_t ld, int64_t n, int64_t g
 typedef void SiluMultiply(float *gate, const float *up, int64_t n);
 typedef void Gelu(float *x, int64_t n);
 
+enum { AMX_LEVEL = 3 };
+
 typedef struct {                // one way to compute all this; the last that the CPU has is taken
     const char *name;
     int level;                  // of the CPU: -1 any; 0 rounds every result to float32, which the
                                 // x87 does not; 1 has AVX2, FMA and F16C, 2 the first of AVX-512,
-                                // 3 AMX
+                                // AMX_LEVEL AMX
     Matmul *matmul;
     Attend *attend;
     SiluMultiply *silu_multiply;
@@ -1644,7 +1669,7 @@ static const Kernels kernel_table[] = {
     {"avx512", 2, matmul_avx512, attend_avx512, silu_multiply_avx512, gelu_avx512},
 #endif
 #ifdef HAVE_AMX
-    {"amx", 3, matmul_amx, attend_avx512, silu_multiply_avx512, gelu_avx512},
+    {"amx", AMX_LEVEL, matmul_amx, attend_avx512, silu_multiply_avx512, gelu_avx512},
 #endif
 };
 enum { N_KERNELS = sizeof kernel_table / sizeof *kernel_table };
@@ -1688,10 +1713,12 @@ static bool kernels_available(int i) {
     return kernel_table[i].level <= level;
 }
 
-// Chooses a path by name, or the fastest one this CPU has when name is NULL.
-static void kernels_init(const char *name) {
+// Chooses a path by name, or the fastest one this CPU has when name is NULL. For one token at a time
+// that is not AMX, whose tiles stay nearly empty: weights then are to arrive, and not to be packed.
+static void kernels_init(const char *name, bool one_by_one) {
     for (int i = N_KERNELS - 1; i >= 0; i--) {
         if (!kernels_available(i) || (name && strcmp(name, kernel_table[i].name))) continue;
+        if (!name && one_by_one && kernel_table[i].level == AMX_LEVEL) continue;
         kernels_use(&kernel_table[i]);
         return;
     }
@@ -2688,7 +2715,7 @@ enum { MOST_PADDING = 1024 };   // rows of a vocabulary that round it up and hav
 // encode() and decode(), session_new(), sequence_new(), batch_add(), forward(), logits(),
 // batch_commit(), session_free() and model_free(): README.md has an example.
 static Model *model_load(const char *path) {
-    kernels_init(options.kernels);
+    kernels_init(options.kernels, options.prompt && !options.cosine);
     Model *m = allocate(1, sizeof *m, "model");
     m->path = strcpy(model_allocate(m, (int64_t)strlen(path) + 1, 1, "path"), path);
     model_map(m);
@@ -5453,7 +5480,8 @@ static void print_info(const Model *m) {
         printf("\nhead          %s: %s", h->name, h->regression ? "regression" : "labels");
         for (int j = 0; j < h->n_labels; j++) printf(" %s", h->labels[j]);
     }
-    printf("\nkernels       %s\n", kernels_name());
+    bool amx = !strcmp(kernels_name(), "amx") && !options.kernels;
+    printf("\nkernels       %s%s\n", kernels_name(), amx ? "; avx512 for --prompt" : "");
 }
 
 // To add a flag: a field in `options` (section 6), a row here, and its use. The type says what the

@@ -165,7 +165,7 @@ static void gelu_of(float *x, const float *up, int64_t n) {
 }
 
 int main(int argc, char **argv) {
-    kernels_init(argc > 1 && *argv[1] ? argv[1] : NULL);
+    kernels_init(argc > 1 && *argv[1] ? argv[1] : NULL, false);
     if (argc > 2) patience = atof(argv[2]);
     float *p = allocate(1 << 26, 4, "memory");
     fill(p, 4 << 26);

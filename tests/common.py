@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -135,6 +136,13 @@ def export(path, *more, out=None):
 def model(name):
     """A model of models.py as a model file, exported from its Hugging Face folder."""
     return export(source(name), out=os.path.join(scratch(), name + ".bin"))
+
+
+@functools.lru_cache(None)
+def kernels():
+    """Those that the program takes on this CPU."""
+    info = run(os.path.join(TESTS, "small", "llama.bin"), "--info").decode()
+    return re.search(r"^kernels +(\w+)", info, re.M).group(1)
 
 
 # Numbers ------------------------------------------------------------------------------------------

@@ -344,7 +344,8 @@ class Layouts(unittest.TestCase):
             return dump.forward(ids, "0 2|1 2 0")["logits"][1]
 
     def close(self, found, right):
-        self.assertLessEqual(common.difference(found, right), 2e-5)     # AMX: 1.1e-5
+        self.assertLessEqual(common.difference(found, right),
+                             3e-5 if common.kernels() == "amx" else 1e-5)
 
     def folder(self, name):
         return os.path.join(common.scratch(), name)

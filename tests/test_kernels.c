@@ -397,7 +397,7 @@ int main(int argc, char **argv) {
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512bf16")) return 77;
     for (int i = 0; i < N_KERNELS; i++) {
-        if (kernel_table[i].level == 3) kernels_use(&kernel_table[i]);
+        if (kernel_table[i].level == AMX_LEVEL) kernels_use(&kernel_table[i]);
     }
     check_path(quick);
     return failures ? 1 : 0;
@@ -405,12 +405,12 @@ int main(int argc, char **argv) {
     return 77;
 #endif
 #endif
-    kernels_init(NULL);
+    kernels_init(NULL, false);
     printf("this CPU's path is %s\n", kernels_name());
     check_teams();
     for (int i = 0; i < N_KERNELS; i++) {
         if (!kernels_available(i)) continue;
-        kernels_init(kernel_table[i].name);
+        kernels_init(kernel_table[i].name, false);
         check_path(quick);
     }
     if (failures) printf("%d failures\n", failures);
