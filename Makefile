@@ -41,12 +41,14 @@ test: painters
 	CC='$(CC)' $(PYTHON) tests
 
 # Peers of the benchmark from PyPI, in .venv; and llama.cpp once more, as on a CPU without AVX-512.
+# gcc 12 removes the stores that its AMX code loads: it ends at the first 8-bit weights without DSE.
 CPU_TORCH = --extra-index-url https://download.pytorch.org/whl/cpu
+DSE = -fno-tree-dse -fno-dse
 AVX2 = -DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON
 
 peers:
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install $(CPU_TORCH) $$($(PYTHON) tests/bench.py --peers)
+	CFLAGS='$(DSE)' CXXFLAGS='$(DSE)' .venv/bin/pip install $(CPU_TORCH) $$($(PYTHON) tests/bench.py --peers)
 	$(PYTHON) -m venv .venv/avx2
 	CMAKE_ARGS='$(AVX2)' .venv/avx2/bin/pip install --no-cache-dir --no-binary llama-cpp-python \
 		$$($(PYTHON) tests/bench.py --peers | tr ' ' '\n' | grep llama)

@@ -813,7 +813,7 @@ static int64_t take(int64_t *next) {
     return i;
 }
 
-enum { WORTH_THREADS = 1 << 19 };       // operations; a kernel does four products in the time of one
+enum { WORTH_THREADS = 1 << 19 };       // operations; kernels do four products in the time of one
 
 // Is this a thread of somebody else's team, which must not share our loops?
 static bool in_parallel(void) {
@@ -1482,8 +1482,9 @@ static void transpose_tile(float *t) {
     UNROLL for (int i = 0; i < 16; i++) _mm512_storeu_ps(t + i * 16, v[i]);
 }
 
-// Rows row .. row + 16 of W and AMX_DEPTH columns from k as tiles, [columns / 32][high, low][16][32],
-// with zeros for what W lacks.
+// Rows row .. row + 16 of W and AMX_DEPTH columns from k as tiles,
+// [columns / 32][high, low][16][32], with zeros for what W lacks. A bfloat16 has no low part. The
+// next columns are fetched meanwhile.
 INLINE void amx_pack_of(uint16_t *to, const Tensor *w, int64_t row, int64_t k, const int type) {
     const int bytes = WEIGHT_BYTES(type);
     int64_t depth = w->cols - k < AMX_DEPTH ? w->cols - k : AMX_DEPTH;
@@ -1493,7 +1494,9 @@ INLINE void amx_pack_of(uint16_t *to, const Tensor *w, int64_t row, int64_t k, c
             uint16_t *high = to + c / 32 * 2 * TILE_BF16 + i * 32;
             char tail[32 * 4] = {0};
             const char *p = from + c * bytes;
-            UNROLL for (int b = 0; b < 32 * bytes; b += 64) __builtin_prefetch(p + AMX_DEPTH * bytes + b, 0, 2);
+            UNROLL for (int b = 0; b < 32 * bytes; b += 64) {
+                __builtin_prefetch(p + AMX_DEPTH * bytes + b, 0, 2);
+            }
             if (row >= w->rows) p = tail;
             else if (depth - c < 32) p = memcpy(tail, p, (size_t)((depth - c) * bytes));
             if (type == BF16) {
@@ -1503,8 +1506,9 @@ INLINE void amx_pack_of(uint16_t *to, const Tensor *w, int64_t row, int64_t k, c
             vec_avx512 a = load_weights_avx512(p, type);
             vec_avx512 b = load_weights_avx512(p + 16 * bytes, type);
             if (type == Q8 && row < w->rows) {
-                int64_t scales = row * ((w->cols + 31) / 32) + (k + c) / 32;
-                a *= load_scale_avx512(w->scale + scales), b *= load_scale_avx512(w->scale + scales);
+                int64_t group = row * ((w->cols + 31) / 32) + (k + c) / 32;
+                vec_avx512 factor = load_scale_avx512(w->scale + group);
+                a *= factor, b *= factor;
             }
             _mm512_storeu_si512(high, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
             a -= load_weights_avx512(high, BF16);
@@ -1615,11 +1619,12 @@ static void share_of_matmul_amx(float *y, const float *x, const Tensor *w, int64
     const Tensor rows = {.type = F32, .rows = n, .cols = w->cols, .data = x};
     #pragma omp for
     for (int64_t i = 0; i < blocks * groups; i++) {
+        int64_t k = i / groups * AMX_DEPTH, left = (w->cols - k + 31) / 32 * 2 * TILE_BF16;
         uint16_t *to = packed + i * AMX_GROUP;
-        amx_pack(to, &rows, i % groups * 16, i / groups * AMX_DEPTH);
-        for (int t = 0; t < AMX_GROUP; t += TILE_BF16) {    // as second factors have to stand, rows
-            transpose_tile((float *)(void *)(to + t));      // and pairs of columns change places
-        }
+        amx_pack(to, &rows, i % groups * 16, k);
+        for (int64_t t = 0; t < AMX_GROUP && t < left; t += TILE_BF16) {
+            transpose_tile((float *)(void *)(to + t));      // as second factors have to stand, rows
+        }                                                   // and pairs of columns change places
     }
     for (int64_t i; (i = take(next)) < panels * chunks;) {
         int64_t first = i % chunks * AMX_CHUNK, row = i / chunks * panel;
@@ -1713,8 +1718,9 @@ static bool kernels_available(int i) {
     return kernel_table[i].level <= level;
 }
 
-// Chooses a path by name, or the fastest one this CPU has when name is NULL. For one token at a time
-// that is not AMX, whose tiles stay nearly empty: weights then are to arrive, and not to be packed.
+// Chooses a path by name, or the fastest one this CPU has when name is NULL. For tokens one by one
+// that is not AMX: its tiles would stay empty, and packing the weights would take longer than their
+// way from memory.
 static void kernels_init(const char *name, bool one_by_one) {
     for (int i = N_KERNELS - 1; i >= 0; i--) {
         if (!kernels_available(i) || (name && strcmp(name, kernel_table[i].name))) continue;

@@ -35,7 +35,8 @@ PEERS = ("llama-cpp-python==0.3.34", "torch==2.13.0", "transformers==5.23.0", "l
 
 # A side is a function of class Sides in bench_sides.py and its arguments, a command is one that
 # bench_model.c answers ("=": the same). "base" are the fastest kernels but AMX's, which users get
-# on a CPU without it; with no name, those that the program chooses. "-": reported only.
+# on a CPU without it, and where a text is continued; with no name, those that the program chooses.
+# "-": reported only.
 #
 # name              | our side          | command        | beside          | its command    | least
 ROWS = """
@@ -43,24 +44,24 @@ prefill-f32         | passes f32 base   | prefill 512    | llama_cpp f32     | =
 prefill-f32-amx     | passes f32 amx    | prefill 512    | llama_cpp f32     | =              | 3
 long-f32            | passes f32 base   | prefill 2048   | passes f32 base   | prefill 512    | 0.85
 long-f32-amx        | passes f32 amx    | prefill 2048   | passes f32 amx    | prefill 512    | 0.65
-decode-f32          | passes f32        | decode 16 1 16 | llama_cpp f32     | =              | 1
+decode-f32          | passes f32 base   | decode 16 1 16 | llama_cpp f32     | =              | 1
 decode32-f32        | passes f32 base   | decode 4 32 16 | passes f32 base   | decode 16 1 16 | 12
-decode32-f32-amx    | passes f32 amx    | decode 4 32 16 | passes f32 amx    | decode 16 1 16 | 12
+decode32-f32-amx    | passes f32 amx    | decode 4 32 16 | passes f32 base   | decode 16 1 16 | 12
 prefill-f16         | passes f16 base   | prefill 512    | llama_cpp f16     | =              | 1.5
 prefill-f16-amx     | passes f16 amx    | prefill 512    | llama_cpp f16     | =              | 3
 long-f16            | passes f16 base   | prefill 2048   | passes f16 base   | prefill 512    | 0.85
 long-f16-amx        | passes f16 amx    | prefill 2048   | passes f16 amx    | prefill 512    | 0.65
-decode-f16          | passes f16        | decode 16 1 16 | llama_cpp f16     | =              | 1
+decode-f16          | passes f16 base   | decode 16 1 16 | llama_cpp f16     | =              | 1
 decode32-f16        | passes f16 base   | decode 4 32 16 | passes f16 base   | decode 16 1 16 | 8
-decode32-f16-amx    | passes f16 amx    | decode 4 32 16 | passes f16 amx    | decode 16 1 16 | 12
+decode32-f16-amx    | passes f16 amx    | decode 4 32 16 | passes f16 base   | decode 16 1 16 | 12
 prefill-bf16        | passes bf16 base  | prefill 512    | llama_cpp bf16    | =              | 1.5
 prefill-bf16-amx    | passes bf16 amx   | prefill 512    | llama_cpp bf16    | =              | 4
 prefill-bf16-avx2   | passes bf16 avx2  | prefill 512    | llama_cpp bf16 avx2 | =            | 1.2
 long-bf16           | passes bf16 base  | prefill 2048   | passes bf16 base  | prefill 512    | 0.85
 long-bf16-amx       | passes bf16 amx   | prefill 2048   | passes bf16 amx   | prefill 512    | 0.65
-decode-bf16         | passes bf16       | decode 16 1 16 | llama_cpp bf16    | =              | 1
+decode-bf16         | passes bf16 base  | decode 16 1 16 | llama_cpp bf16    | =              | 1
 decode32-bf16       | passes bf16 base  | decode 4 32 16 | passes bf16 base  | decode 16 1 16 | 8
-decode32-bf16-amx   | passes bf16 amx   | decode 4 32 16 | passes bf16 amx   | decode 16 1 16 | 12
+decode32-bf16-amx   | passes bf16 amx   | decode 4 32 16 | passes bf16 base  | decode 16 1 16 | 12
 hellaswag           | program bf16 base | score {items}  | lm_eval float32   | =              | 2
 hellaswag-half      | program bf16 base | score {items}  | lm_eval bfloat16  | =              | -
 hellaswag-amx       | program bf16 amx  | score {items}  | lm_eval float32   | =              | 6
@@ -70,9 +71,9 @@ prefill-q8          | passes q8 base    | prefill 512    | llama_cpp q8      | =
 prefill-q8-amx      | passes q8 amx     | prefill 512    | llama_cpp q8      | =              | 2
 long-q8             | passes q8 base    | prefill 2048   | passes q8 base    | prefill 512    | 0.85
 long-q8-amx         | passes q8 amx     | prefill 2048   | passes q8 amx     | prefill 512    | 0.65
-decode-q8           | passes q8         | decode 16 1 16 | llama_cpp q8      | =              | 1
+decode-q8           | passes q8 base    | decode 16 1 16 | llama_cpp q8      | =              | 1
 decode32-q8         | passes q8 base    | decode 4 32 16 | passes q8 base    | decode 16 1 16 | -
-decode32-q8-amx     | passes q8 amx     | decode 4 32 16 | passes q8 amx     | decode 16 1 16 | -
+decode32-q8-amx     | passes q8 amx     | decode 4 32 16 | passes q8 base    | decode 16 1 16 | -
 bert                | passes bert base  | encode 8 128   | transformers float32  | =          | 1.1
 bert-half           | passes bert base  | encode 8 128   | transformers bfloat16 | =          | -
 bert-amx            | passes bert amx   | encode 8 128   | transformers float32  | =          | 2
