@@ -145,6 +145,11 @@ def kernels():
     return re.search(r"^kernels +(\w+)", info, re.M).group(1)
 
 
+def tolerance():
+    """How far logits may be from float32's, over the largest one; AMX keeps 16 bits of a factor."""
+    return 5e-4 if kernels() == "amx" else 1e-4
+
+
 # Numbers ------------------------------------------------------------------------------------------
 
 def difference(found, right, scale=None):

@@ -20,7 +20,6 @@ try:
 except ImportError:  # not on Windows
     resource = None
 
-TOLERANCE = 1e-4
 LLAMAS = [name for name, shape in models.MODELS.items() if shape["arch"] == "llama"]
 PIECES = [text for text, _, _ in models.llama_pieces()]
 
@@ -58,9 +57,9 @@ class Golden(unittest.TestCase):
     def compare(self, found, columns, right, what):
         places = common.sample(len(found) // columns, columns, len(right) - 1)
         scale = max(map(abs, found))
-        self.assertLessEqual(abs(scale - right[0]), TOLERANCE * right[0], what)
+        self.assertLessEqual(abs(scale - right[0]), common.tolerance() * right[0], what)
         difference = common.difference([found[i] for i in places], right[1:], right[0])
-        self.assertLessEqual(difference, TOLERANCE, what)
+        self.assertLessEqual(difference, common.tolerance(), what)
 
     def check(self, name):
         golden, dim = common.read_golden(name), models.MODELS[name]["dim"]
@@ -75,7 +74,7 @@ class Golden(unittest.TestCase):
                 self.compare(logits, columns, case["logits"], what + ": logits")
                 if "last" in case:
                     difference = common.difference(logits[-columns:], case["last"])
-                    self.assertLessEqual(difference, TOLERANCE, what + ": last logits")
+                    self.assertLessEqual(difference, common.tolerance(), what + ": last logits")
             for case in golden["greedy"]:
                 found = dump.greedy(case["ids"], case["schedule"], len(case["new"]), case["kv"])
                 self.assertEqual(found[:case["tie"]], case["new"][:case["tie"]],
@@ -380,7 +379,7 @@ class Kernels(unittest.TestCase):
             with common.Dump(common.model(name)) as dump:
                 found = dump.forward(ids, "0 1|2 2 1")
             difference = common.difference(found["logits"][1], right["logits"][1])
-            self.assertLessEqual(difference, TOLERANCE, name)
+            self.assertLessEqual(difference, common.tolerance(), name)
 
 
 class Stories(unittest.TestCase):
