@@ -30,7 +30,7 @@ import bench_sides
 import bench_sweep
 import common
 
-PEERS = ("llama-cpp-python==0.3.34", "torch==2.13.0", "transformers==5.23.0", "lm-eval==0.4.13",
+PEERS = ("llama-cpp-python==0.3.34", "torch==2.13.0", "transformers==5.23.0", "lm-eval[hf]==0.4.13",
          "tokenizers==0.23.3", "sentencepiece==0.2.3")
 
 # A side is a function of class Sides in bench_sides.py and its arguments, a command is one that
@@ -209,7 +209,7 @@ def say_where(args, sides):
     print("%s; %d threads; kernels %s; %s; %s" % (machine(), args.threads, sides.fastest, compiler,
                                                   time.strftime("%Y-%m-%d")))
     for wanted in PEERS:
-        package, _, pinned = wanted.partition("==")
+        package, _, pinned = wanted.replace("[hf]", "").partition("==")
         found = bench_sides.version(args.python, package)
         other = "" if found.split("+")[0] == pinned else " (not %s)" % pinned
         print("%s %s" % (package, found + other if found else

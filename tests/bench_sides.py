@@ -193,7 +193,7 @@ class Sides:
         return Runner(common.build("bench_model"), self.files.get(what, "bin"), chosen)
 
     def program(self, what, *kernels):
-        chosen = self.choice(list(kernels))
+        chosen = self.choice(list(kernels)) if kernels else None    # as a user runs it
         return Program(self.files.get(what, "bin"), chosen, self.files.get("items", "tsv"),
                        self.args.threads)
 

@@ -157,6 +157,27 @@ static void check_matmul(int type, int64_t n, int64_t rows, int64_t cols, bool w
     free_tensor(w);
 }
 
+// The largest error over the outputs' rms: float32's class, also with AMX.
+static void check_error(int type) {
+    enum { N = 32, ROWS = 100, COLS = 4096 };
+    Tensor w = random_tensor(type, ROWS, COLS);
+    float *x = uniforms(N * COLS), *y = exact(N * ROWS * 4);
+    double worst = 0, squares = 0, most = on_amx() && type == Q8 ? 1e-2 : on_amx() ? 2e-5 : 4e-6;
+    matmul(y, x, &w, N);
+    for (int i = 0; i < N * ROWS; i++) {
+        double sum = 0;
+        for (int c = 0; c < COLS; c++) {
+            sum += (double)x[i / ROWS * COLS + c] * weight(&w, i % ROWS, c);
+        }
+        squares += sum * sum, worst = fmax(worst, fabs((double)y[i] - sum));
+    }
+    worst /= sqrt(squares / (N * ROWS));
+    printf("%s: %s: largest error over rms %.1e\n", kernels_name(), type_names[type], worst);
+    CHECK(worst <= most, "%s: largest error over rms %g", type_names[type], worst);
+    free(x), free(y);
+    free_tensor(w);
+}
+
 static void set_threads(int n) {
 #ifdef _OPENMP
     omp_set_num_threads(n);
@@ -370,6 +391,7 @@ static void check_path(bool quick) {
             }
         }
         check_matmul(type, quick ? 40 : 300, 40, 300, true);
+        check_error(type);
         check_matmul_bits(type, 37, 300);
         check_matmul_bits(type, quick ? 150 : 301, 515);
         check_matmul_bits(type, 37, 1056);          // W as it is stored, and a long row by itself
