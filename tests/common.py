@@ -150,6 +150,11 @@ def tolerance():
     return 5e-4 if kernels() == "amx" else 1e-4
 
 
+def likelihood_tolerance(right):
+    """The same for a log-likelihood, itself."""
+    return max(1e-3, 2e-5 * abs(right) if kernels() == "amx" else 0)
+
+
 # Numbers ------------------------------------------------------------------------------------------
 
 def difference(found, right, scale=None):

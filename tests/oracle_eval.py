@@ -375,7 +375,7 @@ def part_text():
     figures, answers = test_scores.evaluate(path, [task])
     found = [values[0] for values in answers["text"]]
     for text, a, b in zip(texts, found, right):
-        near(a, b, 1e-3, "rolling log-likelihood of %r" % text[:40])
+        near(a, b, common.likelihood_tolerance(b), "rolling log-likelihood of %r" % text[:40])
     import re
     counts = (lambda t: len(tokenizer.encode(t, False)), lambda t: len(re.split(r"\s+", t)),
               lambda t: len(t.encode()))
@@ -402,7 +402,8 @@ def part_text():
                 own += float(row[part[at]])
                 hits += int(row.argmax()) == part[at]
                 count += 1
-        near(values[0], own, 1e-3, "masked log-likelihood of %r" % text[:40])
+        near(values[0], own, common.likelihood_tolerance(own),
+             "masked log-likelihood of %r" % text[:40])
         total += own
     near(figures["text"]["pseudo_perplexity"][0] / math.exp(-total / count), 1, 1e-4, "pseudo")
     near(figures["text"]["masked_acc"][0], hits / count, 6e-5, "masked_acc")

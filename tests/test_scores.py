@@ -89,12 +89,10 @@ def as_printed(found, right):
 
 
 def compare(task, figures, answers, right):
-    """The first difference of a task's figures and answers from recorded ones, or None. Numbers may
-    differ by 1e-3; with AMX, which keeps 16 bits of a factor, large ones by more."""
-    grows = 2e-5 if common.kernels() == "amx" else 0
+    """The first difference of a task's figures and answers from recorded ones, or None."""
     for item, (a, b) in enumerate(zip(answers, right["answers"])):
         same = plain(a[0]) == plain(b[0]) if isinstance(b[0], str) else len(a) == len(b) and all(
-            abs(x - y) <= max(1e-3, grows * abs(y)) for x, y in zip(a, b))
+            abs(x - y) <= common.likelihood_tolerance(y) for x, y in zip(a, b))
         if not same:
             return "%s, item %d: %r, should be %r" % (task, item, a, b)
     if len(answers) != len(right["answers"]):
