@@ -151,7 +151,7 @@ def tolerance():
 
 
 def likelihood_tolerance(right):
-    """The same for a log-likelihood, itself."""
+    """How far a log-likelihood may be from float32's."""
     return max(1e-3, 2e-5 * abs(right) if kernels() == "amx" else 0)
 
 
