@@ -1047,8 +1047,18 @@ END_TARGET
 #define sum_of ON_PATH(sum_of)
 #define store_some ON_PATH(store_some)
 #define load_weights ON_PATH(load_weights)
+#define load_part ON_PATH(load_part)
+#define arrange ON_PATH(arrange)
 #define load_scale ON_PATH(load_scale)
 #define widen_part ON_PATH(widen_part)
+#define Tile ON_PATH(Tile)
+#define multiply ON_PATH(multiply)
+#define shorts ON_PATH(shorts)
+#define load_shorts ON_PATH(load_shorts)
+#define pairs ON_PATH(pairs)
+#define load_scales ON_PATH(load_scales)
+#define round_row ON_PATH(round_row)
+#define multiply_q8 ON_PATH(multiply_q8)
 #define outputs_of ON_PATH(outputs_of)
 #define outputs ON_PATH(outputs)
 #define outputs_in_blocks ON_PATH(outputs_in_blocks)
@@ -1061,6 +1071,7 @@ END_TARGET
 #undef TILE_X
 #undef TILE_W
 #undef IN_REGISTER
+#undef BY_HALVES
 #define VECS (WIDE / LANES)             // vectors side by side in attention
 #define TILE_X (ACCUMULATORS == 24 ? 4 : 3)     // rows of x that meet so many of W, at most
 #define TILE_W (ACCUMULATORS / TILE_X)
@@ -1123,13 +1134,30 @@ INLINE vec load_weights(const void *p, const int type) {
     return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p)), 16);
 #else
     typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
-    typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-    if (type == Q8) return __builtin_convertvector(*(const bytes *)p, vec);
-    ivec bits = __builtin_convertvector(*(const halves *)p, ivec) << 16;
+    return __builtin_convertvector(*(const bytes *)p, vec);
+#endif
+}
+
+// Vector l of the 32 weights at p. Of 16-bit ones that no instruction widens it has the even columns
+// of 2 * LANES, and the next one the odd: a shift or a mask. x lies in the same order: arrange().
+#define BY_HALVES(type) ((type) == BF16 || (LANES == 4 && (type) == F16))
+INLINE vec load_part(const char *p, const int l, const int type) {
+    typedef int32_t loose_ivec __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
+    if (!BY_HALVES(type)) return load_weights(p + l * LANES * WEIGHT_BYTES(type), type);
+    ivec both = *(const loose_ivec *)(p + l / 2 * LANES * 4);
+    ivec bits = l % 2 ? both & (int32_t)0xffff0000 : both << 16;
     if (type == BF16) return (vec)bits;
     vec f = (vec)(bits >> 3 & (int32_t)0x8fffe000) * 0x1p112f;      // see from_f16()
     return (vec)((ivec)f | ((((ivec)f & 0x7fffffff) >= 0x47800000) & 0x7f800000));
-#endif
+}
+
+static void arrange(float *x, int64_t n) {
+    for (; n > 0; n -= 2 * LANES, x += 2 * LANES) {
+        float odd[LANES];
+        for (int l = 0; l < LANES; l++) odd[l] = x[2 * l + 1];
+        for (int l = 0; l < LANES; l++) x[l] = x[2 * l];
+        memcpy(x + LANES, odd, sizeof odd);
+    }
 }
 
 // The scale of 32 8-bit weights, for all lanes.
@@ -1151,8 +1179,128 @@ static void widen_part(float *out, const Tensor *w, int64_t row, int64_t k, int6
         const char *p = from + k * bytes;
         if (depth - k < 32) p = memcpy(tail, p, (size_t)((depth - k) * bytes));
         vec factor = type == Q8 ? load_scale(scale + k / 32) : 1 - (vec){0};
-        UNROLL for (int l = 0; l < 32; l += LANES) {
-            *(loose_vec *)(out + k + l) = load_weights(p + l * bytes, type) * factor;
+        UNROLL for (int l = 0; l < 32 / LANES; l++) {
+            *(loose_vec *)(out + k + l * LANES) = load_part(p, l, type) * factor;
+        }
+    }
+}
+
+typedef struct {                // n rows of x and m of W that meet in registers
+    const float *x;             // [n][ldx]
+    int64_t ldx, depth;
+    const char *w[TILE_W];
+    const uint16_t *scale[TILE_W];
+    const char *next;           // what is fetched meanwhile: `step` bytes for every 32 columns
+    int64_t step;
+} Tile;
+
+// sum[n][m] += x . W^T, a chain in each lane.
+INLINE void multiply(vec (*sum)[TILE_W], Tile *t, const int n, const int m, const int type) {
+    for (int64_t k = 0; k < t->depth; k += 32, t->next += t->step) {
+        for (int64_t b = 0; b < t->step; b += 64) __builtin_prefetch(t->next + b, 0, 2);
+        ROLLED for (int l = 0; l < 32; l += 2 * LANES) {
+            UNROLL for (int half = 0; half < 2; half++) {
+                vec a[TILE_X];
+                UNROLL for (int i = 0; i < n; i++) {
+                    a[i] = load(t->x + i * t->ldx + k + l + half * LANES);
+                    IN_REGISTER(a[i]);
+                }
+                UNROLL for (int j = 0; j < m; j++) {
+                    vec f = load_part(t->w[j] + (k + l) * WEIGHT_BYTES(type), half, type);
+                    IN_REGISTER(f);
+                    UNROLL for (int i = 0; i < n; i++) sum[i][j] += a[i] * f;
+                }
+            }
+        }
+    }
+}
+
+// 8-bit weights are multiplied as integers, twice as many in a vector as floats, with x rounded to
+// 16 bits. Of each group of 32 products only sums become floats, LANES of them, and are scaled.
+typedef int16_t shorts __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
+
+// 2 * LANES 8-bit weights.
+INLINE shorts load_shorts(const char *p) {
+#if LANES == 16
+    return (shorts)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)p));
+#elif LANES == 8
+    return (shorts)_mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)p));
+#else
+    typedef int8_t bytes __attribute__((vector_size(2 * LANES), aligned(1), may_alias));
+    return __builtin_convertvector(*(const bytes *)p, shorts);
+#endif
+}
+
+// The products of a and b, each added to its neighbour.
+INLINE ivec pairs(shorts a, shorts b) {
+#if LANES == 16
+    return (ivec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif LANES == 8
+    return (ivec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    return ((ivec)a >> 16) * ((ivec)b >> 16) + ((ivec)a << 16 >> 16) * ((ivec)b << 16 >> 16);
+#endif
+}
+
+// LANES scales.
+INLINE vec load_scales(const uint16_t *p) {
+#if LANES == 16
+    return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)p));
+#elif LANES == 8
+    return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const void *)p));
+#else
+    return (vec){from_f16(p[0]), from_f16(p[1]), from_f16(p[2]), from_f16(p[3])};
+#endif
+}
+
+// A row of x as [cols] 16-bit integers and behind them [cols / 32] scales. What is not finite makes
+// its group's scale so.
+static void round_row(float *out, const float *x, int64_t cols) {
+    typedef int16_t few __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+    for (int64_t k = 0; k < cols; k += 32) {
+        vec top = {0}, finite = {0};
+        float most = 0;
+        for (int l = 0; l < 32; l += LANES) {
+            vec v = load(x + k + l), size = (vec)((ivec)v & 0x7fffffff);
+            top = pick(size > top, size, top);
+            finite += 0 * v;
+        }
+        for (int l = 0; l < LANES; l++) most = top[l] > most ? top[l] : most;
+        for (int l = 0; l < 32; l += LANES) {       // the sum with 0x1.8p23 rounds to an integer
+            vec t = load(x + k + l) * (most > 0 ? 32767 / most : 0) + 0x1.8p23f;
+            ivec rounded = (ivec)t - (ivec)(0x1.8p23f - (vec){0});
+            *(few *)((int16_t *)out + k + l) = __builtin_convertvector(rounded, few);
+        }
+        out[cols / 2 + k / 32] = most / 32767 + sum_of(finite);
+    }
+}
+
+INLINE void multiply_q8(vec (*sum)[TILE_W], Tile *t, const int n, const int m) {
+    float factor[TILE_X][TILE_W][LANES];
+    for (int64_t g = 0; g < t->depth / 32; g++, t->next += t->step) {
+        for (int64_t b = 0; b < t->step; b += 64) __builtin_prefetch(t->next + b, 0, 2);
+        if (g % LANES == 0) {
+            int64_t some = t->depth / 32 - g;       // scales, of this group and those behind it
+            UNROLL for (int j = 0; j < m; j++) {
+                uint16_t tail[LANES] = {0};
+                if (some < LANES) memcpy(tail, t->scale[j] + g, (size_t)some * sizeof *tail);
+                vec f = load_scales(some < LANES ? tail : t->scale[j] + g);
+                UNROLL for (int i = 0; i < n; i++) {
+                    *(loose_vec *)factor[i][j] = f * load(t->x + i * t->ldx + t->depth / 2 + g);
+                }
+            }
+        }
+        UNROLL for (int j = 0; j < m; j++) {
+            shorts w[16 / LANES];
+            UNROLL for (int l = 0; l < 16 / LANES; l++) {
+                w[l] = load_shorts(t->w[j] + 32 * g + 2 * LANES * l);
+            }
+            UNROLL for (int i = 0; i < n; i++) {
+                const shorts *x = (const shorts *)(t->x + i * t->ldx + 16 * g);
+                ivec products = pairs(w[0], x[0]);
+                UNROLL for (int l = 1; l < 16 / LANES; l++) products += pairs(w[l], x[l]);
+                sum[i][j] += __builtin_convertvector(products, vec) * factor[i][j][g % LANES];
+            }
         }
     }
 }
@@ -1162,43 +1310,24 @@ static void widen_part(float *out, const Tensor *w, int64_t row, int64_t k, int6
 // where those are copies that are in a cache already, the next rows of x, if there are any.
 INLINE void outputs_of(const Block *p, int64_t i0, int64_t r0, int64_t tile, int64_t tiles,
                        const int n, const int m, const int type) {
-    const int bytes = WEIGHT_BYTES(type);
-    int64_t ldw = p->w->cols * bytes, step = 32 * m * bytes / tiles;
-    const float *x = p->x + i0 * p->ldx;
+    const int bytes_each = WEIGHT_BYTES(type);
+    int64_t ldw = p->w->cols * bytes_each;
+    Tile t = {.x = p->x + i0 * p->ldx, .ldx = p->ldx, .depth = p->depth,
+              .step = 32 * m * bytes_each / tiles};
     float *y = p->y + i0 * p->ldy + r0;
-    vec sum[TILE_X][TILE_W], factor[TILE_W];
-    const char *from[TILE_W];
-    const uint16_t *scale[TILE_W];
+    vec sum[TILE_X][TILE_W];
     UNROLL for (int j = 0; j < m; j++) {
         int64_t at = p->row + (r0 + j < p->rows ? r0 + j : p->rows - 1);
-        from[j] = (const char *)p->w->data + at * ldw;
-        if (type == Q8) scale[j] = p->w->scale + at * (p->w->cols / 32);
+        t.w[j] = (const char *)p->w->data + at * ldw;
+        if (type == Q8) t.scale[j] = p->w->scale + at * (p->w->cols / 32);
         UNROLL for (int i = 0; i < n; i++) {
             sum[i][j] = p->begun ? load(p->c + ((i0 + i) * PANEL + r0 + j) * LANES) : (vec){0};
         }
     }
-    const char *next = from[0] + (m == 1 ? AHEAD : m * ldw + tile * m * ldw / tiles);
-    if (p->c && n > 1) next = (const char *)(x + n * p->ldx), step = r0 ? 0 : n * 128;
-    for (int64_t k = 0; k < p->depth; k += 32) {
-        for (int64_t b = 0; b < step; b += 64) __builtin_prefetch(next + b, 0, 2);
-        next += step;
-        if (type == Q8) {
-            UNROLL for (int j = 0; j < m; j++) factor[j] = load_scale(scale[j] + k / 32);
-        }
-        ROLLED for (int l = 0; l < 32; l += LANES) {
-            vec a[TILE_X];
-            UNROLL for (int i = 0; i < n; i++) {
-                a[i] = load(x + i * p->ldx + k + l);
-                IN_REGISTER(a[i]);
-            }
-            UNROLL for (int j = 0; j < m; j++) {
-                vec f = load_weights(from[j] + (k + l) * bytes, type);
-                if (type == Q8) f *= factor[j];
-                IN_REGISTER(f);
-                UNROLL for (int i = 0; i < n; i++) sum[i][j] += a[i] * f;
-            }
-        }
-    }
+    t.next = t.w[0] + (m == 1 ? AHEAD : m * ldw + tile * m * ldw / tiles);
+    if (p->c && n > 1) t.next = (const char *)(t.x + n * p->ldx), t.step = r0 ? 0 : n * 128;
+    if (type == Q8) multiply_q8(sum, &t, n, m);
+    else multiply(sum, &t, n, m, type);
     UNROLL for (int j = 0; j < m; j++) {
         UNROLL for (int i = 0; i < n; i++) {
             float *chains = p->c + ((i0 + i) * PANEL + r0 + j) * LANES;
@@ -1268,7 +1397,9 @@ static void share_of_matmul(float *y, const float *x, const Tensor *w, int64_t n
     #pragma omp for
     for (int64_t i = 0; i < (copy ? blocks * n : 0); i++) {
         int64_t k = i / n * depth, here = w->cols - k < depth ? w->cols - k : depth;
-        widen_part(copy + i * ldx, &rows_of_x, i % n, k, here);
+        if (direct && w->type == Q8) round_row(copy + i * ldx, x + i * w->cols, w->cols);
+        else widen_part(copy + i * ldx, &rows_of_x, i % n, k, here);
+        if (BY_HALVES(w->type)) arrange(copy + i * ldx, here);
     }
     for (int64_t i; (i = take(next)) < panels * chunks;) {
         int64_t group = i / (GROUP * chunks) * GROUP;       // its first panel
@@ -1285,10 +1416,9 @@ static void share_of_matmul(float *y, const float *x, const Tensor *w, int64_t n
 }
 
 static void ON_PATH(matmul)(float *y, const float *x, const Tensor *w, int64_t n) {
-    bool cheap = LANES == 16 && w->type != Q8;                  // to widen for each tile
-    bool direct = w->cols % 32 == 0 && (n <= FEW || cheap);
+    bool direct = w->cols % 32 == 0 && (n <= FEW || LANES == 16 || w->type == Q8);
     int64_t depth = direct ? w->cols : DEPTH, blocks = (w->cols + depth - 1) / depth;
-    bool copied = !direct || (n > 4 && w->type == F32);
+    bool copied = !direct || BY_HALVES(w->type) || w->type == Q8 || (n > 4 && w->type == F32);
     float *copy = copied ? scratch(0, blocks * n * (depth + PAD)) : NULL;
     int64_t next = 0;
     TOGETHER(n * w->rows * w->cols / 4, share_of_matmul(y, x, w, n, direct, copy, &next));
