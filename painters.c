@@ -1416,7 +1416,7 @@ static void share_of_matmul(float *y, const float *x, const Tensor *w, int64_t n
 }
 
 static void ON_PATH(matmul)(float *y, const float *x, const Tensor *w, int64_t n) {
-    bool direct = w->cols % 32 == 0 && (n <= FEW || LANES == 16 || w->type == Q8);
+    bool direct = w->cols % 32 == 0 && (n <= FEW || LANES >= 8 || w->type == Q8);
     int64_t depth = direct ? w->cols : DEPTH, blocks = (w->cols + depth - 1) / depth;
     bool copied = !direct || BY_HALVES(w->type) || w->type == Q8 || (n > 4 && w->type == F32);
     float *copy = copied ? scratch(0, blocks * n * (depth + PAD)) : NULL;
