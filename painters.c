@@ -1047,7 +1047,8 @@ END_TARGET
 #define sum_of ON_PATH(sum_of)
 #define store_some ON_PATH(store_some)
 #define load_weights ON_PATH(load_weights)
-#define load_part ON_PATH(load_part)
+#define load_f16 ON_PATH(load_f16)
+#define load_q8 ON_PATH(load_q8)
 #define arrange ON_PATH(arrange)
 #define load_scale ON_PATH(load_scale)
 #define widen_part ON_PATH(widen_part)
@@ -1056,7 +1057,6 @@ END_TARGET
 #define shorts ON_PATH(shorts)
 #define load_shorts ON_PATH(load_shorts)
 #define pairs ON_PATH(pairs)
-#define load_scales ON_PATH(load_scales)
 #define round_row ON_PATH(round_row)
 #define multiply_q8 ON_PATH(multiply_q8)
 #define outputs_of ON_PATH(outputs_of)
@@ -1121,17 +1121,24 @@ INLINE void store_some(float *p, vec v, int64_t n) {
     else if (n > 0) memcpy(p, &v, (size_t)n * sizeof *p);
 }
 
-// LANES neighbouring weights as float32 (8-bit ones without their scale).
-INLINE vec load_weights(const void *p, const int type) {
-    if (type == F32) return load(p);
+// LANES numbers of float16.
+INLINE vec load_f16(const void *p) {
 #if LANES == 16
-    if (type == Q8) return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p)));
-    if (type == F16) return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(p));
-    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p)), 16);
+    return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(p));
 #elif LANES == 8
-    if (type == Q8) return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p)));
-    if (type == F16) return (vec)_mm256_cvtph_ps(_mm_loadu_si128(p));
-    return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p)), 16);
+    return (vec)_mm256_cvtph_ps(_mm_loadu_si128(p));
+#else
+    const uint16_t *h = p;
+    return (vec){from_f16(h[0]), from_f16(h[1]), from_f16(h[2]), from_f16(h[3])};
+#endif
+}
+
+// LANES neighbouring 8-bit weights, without their scale.
+INLINE vec load_q8(const void *p) {
+#if LANES == 16
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p)));
+#elif LANES == 8
+    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p)));
 #else
     typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
     return __builtin_convertvector(*(const bytes *)p, vec);
@@ -1139,11 +1146,13 @@ INLINE vec load_weights(const void *p, const int type) {
 }
 
 // Vector l of the 32 weights at p. Of 16-bit ones that no instruction widens it has the even columns
-// of 2 * LANES, and the next one the odd: a shift or a mask. x lies in the same order: arrange().
+// of 2 * LANES, and the next one the odd: a shift or a mask.
 #define BY_HALVES(type) ((type) == BF16 || (LANES == 4 && (type) == F16))
-INLINE vec load_part(const char *p, const int l, const int type) {
+INLINE vec load_weights(const char *p, const int l, const int type) {
     typedef int32_t loose_ivec __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
-    if (!BY_HALVES(type)) return load_weights(p + l * LANES * WEIGHT_BYTES(type), type);
+    if (type == F32) return load((const float *)p + l * LANES);
+    if (type == Q8) return load_q8(p + l * LANES);
+    if (!BY_HALVES(type)) return load_f16(p + l * LANES * 2);
     ivec both = *(const loose_ivec *)(p + l / 2 * LANES * 4);
     ivec bits = l % 2 ? both & (int32_t)0xffff0000 : both << 16;
     if (type == BF16) return (vec)bits;
@@ -1151,6 +1160,7 @@ INLINE vec load_part(const char *p, const int l, const int type) {
     return (vec)((ivec)f | ((((ivec)f & 0x7fffffff) >= 0x47800000) & 0x7f800000));
 }
 
+// Puts n columns of a row of x into that order; behind them is room for 2 * LANES.
 static void arrange(float *x, int64_t n) {
     for (; n > 0; n -= 2 * LANES, x += 2 * LANES) {
         float odd[LANES];
@@ -1180,7 +1190,7 @@ static void widen_part(float *out, const Tensor *w, int64_t row, int64_t k, int6
         if (depth - k < 32) p = memcpy(tail, p, (size_t)((depth - k) * bytes));
         vec factor = type == Q8 ? load_scale(scale + k / 32) : 1 - (vec){0};
         UNROLL for (int l = 0; l < 32 / LANES; l++) {
-            *(loose_vec *)(out + k + l * LANES) = load_part(p, l, type) * factor;
+            *(loose_vec *)(out + k + l * LANES) = load_weights(p, l, type) * factor;
         }
     }
 }
@@ -1206,7 +1216,7 @@ INLINE void multiply(vec (*sum)[TILE_W], Tile *t, const int n, const int m, cons
                     IN_REGISTER(a[i]);
                 }
                 UNROLL for (int j = 0; j < m; j++) {
-                    vec f = load_part(t->w[j] + (k + l) * WEIGHT_BYTES(type), half, type);
+                    vec f = load_weights(t->w[j] + (k + l) * WEIGHT_BYTES(type), half, type);
                     IN_REGISTER(f);
                     UNROLL for (int i = 0; i < n; i++) sum[i][j] += a[i] * f;
                 }
@@ -1216,7 +1226,8 @@ INLINE void multiply(vec (*sum)[TILE_W], Tile *t, const int n, const int m, cons
 }
 
 // 8-bit weights are multiplied as integers, twice as many in a vector as floats, with x rounded to
-// 16 bits. Of each group of 32 products only sums become floats, LANES of them, and are scaled.
+// 16 bits. Of each group of 32 products only sums become floats, LANES of them, and are scaled: a
+// sum's chains are then the pairs of columns.
 typedef int16_t shorts __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 
 // 2 * LANES 8-bit weights.
@@ -1242,17 +1253,6 @@ INLINE ivec pairs(shorts a, shorts b) {
 #endif
 }
 
-// LANES scales.
-INLINE vec load_scales(const uint16_t *p) {
-#if LANES == 16
-    return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)p));
-#elif LANES == 8
-    return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const void *)p));
-#else
-    return (vec){from_f16(p[0]), from_f16(p[1]), from_f16(p[2]), from_f16(p[3])};
-#endif
-}
-
 // A row of x as [cols] 16-bit integers and behind them [cols / 32] scales. What is not finite makes
 // its group's scale so.
 static void round_row(float *out, const float *x, int64_t cols) {
@@ -1275,6 +1275,7 @@ static void round_row(float *out, const float *x, int64_t cols) {
     }
 }
 
+// The same of rows that round_row() has made.
 INLINE void multiply_q8(vec (*sum)[TILE_W], Tile *t, const int n, const int m) {
     float factor[TILE_X][TILE_W][LANES];
     for (int64_t g = 0; g < t->depth / 32; g++, t->next += t->step) {
@@ -1284,7 +1285,7 @@ INLINE void multiply_q8(vec (*sum)[TILE_W], Tile *t, const int n, const int m) {
             UNROLL for (int j = 0; j < m; j++) {
                 uint16_t tail[LANES] = {0};
                 if (some < LANES) memcpy(tail, t->scale[j] + g, (size_t)some * sizeof *tail);
-                vec f = load_scales(some < LANES ? tail : t->scale[j] + g);
+                vec f = load_f16(some < LANES ? tail : t->scale[j] + g);
                 UNROLL for (int i = 0; i < n; i++) {
                     *(loose_vec *)factor[i][j] = f * load(t->x + i * t->ldx + t->depth / 2 + g);
                 }
@@ -1310,10 +1311,10 @@ INLINE void multiply_q8(vec (*sum)[TILE_W], Tile *t, const int n, const int m) {
 // where those are copies that are in a cache already, the next rows of x, if there are any.
 INLINE void outputs_of(const Block *p, int64_t i0, int64_t r0, int64_t tile, int64_t tiles,
                        const int n, const int m, const int type) {
-    const int bytes_each = WEIGHT_BYTES(type);
-    int64_t ldw = p->w->cols * bytes_each;
+    const int bytes = WEIGHT_BYTES(type);
+    int64_t ldw = p->w->cols * bytes;
     Tile t = {.x = p->x + i0 * p->ldx, .ldx = p->ldx, .depth = p->depth,
-              .step = 32 * m * bytes_each / tiles};
+              .step = 32 * m * bytes / tiles};
     float *y = p->y + i0 * p->ldy + r0;
     vec sum[TILE_X][TILE_W];
     UNROLL for (int j = 0; j < m; j++) {
@@ -1612,6 +1613,12 @@ static void transpose_tile(float *t) {
     UNROLL for (int i = 0; i < 16; i++) _mm512_storeu_ps(t + i * 16, v[i]);
 }
 
+// 16 neighbouring weights as float32 (8-bit ones without their scale).
+INLINE vec_avx512 amx_load(const void *p, const int type) {
+    if (type != BF16) return load_weights_avx512(p, 0, type);
+    return (vec_avx512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p)), 16);
+}
+
 // Rows row .. row + 16 of W and AMX_DEPTH columns from k as tiles,
 // [columns / 32][high, low][16][32], with zeros for what W lacks. A bfloat16 has no low part. The
 // next columns are fetched meanwhile.
@@ -1633,16 +1640,15 @@ INLINE void amx_pack_of(uint16_t *to, const Tensor *w, int64_t row, int64_t k, c
                 memcpy(high, p, 64);
                 continue;
             }
-            vec_avx512 a = load_weights_avx512(p, type);
-            vec_avx512 b = load_weights_avx512(p + 16 * bytes, type);
+            vec_avx512 a = amx_load(p, type), b = amx_load(p + 16 * bytes, type);
             if (type == Q8 && row < w->rows) {
                 int64_t group = row * ((w->cols + 31) / 32) + (k + c) / 32;
                 vec_avx512 factor = load_scale_avx512(w->scale + group);
                 a *= factor, b *= factor;
             }
             _mm512_storeu_si512(high, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
-            a -= load_weights_avx512(high, BF16);
-            b -= load_weights_avx512(high + 16, BF16);
+            a -= amx_load(high, BF16);
+            b -= amx_load(high + 16, BF16);
             _mm512_storeu_si512(high + TILE_BF16,
                                 (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
         }
