@@ -982,26 +982,35 @@ static void plain_gelu(float *x, int64_t n) {
 
 enum {
     WIDE = 16,                  // attention: keys, or elements of values, side by side
-    PANEL = 24, DEPTH = 512,    // rows and columns of W that stay in the L2 cache
-    PAD = 16,                   // rows a power of two apart would share cache lines
-    CHUNK = 128,                // rows of x that meet a panel, at most
+    DEPTH = 512,                // and values that stay in the cache for all rows
+    PANEL = 24,                 // rows of W that are multiplied with
+    CHUNK = 32,                 // so many rows of x, at most, as one piece of work
     GROUP = 8,                  // panels that meet a chunk one after another
-    FEW = 32,                   // those that meet a panel which is read as it is stored, at most
+    PAD = 16,                   // rows a power of two apart would share cache lines
     LONG = 1024,                // columns of W from which on its rows meet a single x one by one,
     AHEAD = 6144                // fetched so many bytes ahead
 };
 
-typedef struct {                // a panel of W and some rows of x
-    const Tensor *w;
-    int64_t row, rows;          // the panel in W
-    const float *x;
-    int64_t ldx, depth;         // x is [rows of x][ldx], of which `depth` columns are multiplied
-    float *c;                   // [rows of x][PANEL][LANES]: sums that have begun with columns
-    bool begun, goes_on;        // before these, or go on behind them
-    float *y;                   // [rows of x][ldy]
-    int64_t ldy;
+typedef struct {                // a panel of W and a chunk of x
+    int type;
+    int64_t rows, groups;       // of the panel; 32 columns each
+    const char *w;              // [rows], one ldw bytes behind the other
+    const uint16_t *scale;      // [rows][groups]
+    const float *x;             // [n][ldx]
+    float *y;                   // [n][ldy]
     const float *bias;          // [rows]
+    int64_t n, ldw, ldx, ldy;
 } Block;
+
+// Copies rows of `bytes` bytes, with zeros behind them up to `padded`, to places ld bytes apart.
+static void *pad_rows(void *to, int64_t ld, const void *from, int64_t rows, int64_t bytes,
+                      int64_t padded) {
+    for (int64_t r = 0; r < rows; r++) {
+        char *row = memcpy((char *)to + r * ld, (const char *)from + r * bytes, (size_t)bytes);
+        memset(row + bytes, 0, (size_t)(padded - bytes));
+    }
+    return to;
+}
 
 #define PATH generic
 #define LANES 4
@@ -1048,11 +1057,9 @@ END_TARGET
 #define store_some ON_PATH(store_some)
 #define load_weights ON_PATH(load_weights)
 #define load_f16 ON_PATH(load_f16)
-#define load_q8 ON_PATH(load_q8)
 #define arrange ON_PATH(arrange)
-#define load_scale ON_PATH(load_scale)
-#define widen_part ON_PATH(widen_part)
 #define Tile ON_PATH(Tile)
+#define fetch ON_PATH(fetch)
 #define multiply ON_PATH(multiply)
 #define shorts ON_PATH(shorts)
 #define load_shorts ON_PATH(load_shorts)
@@ -1061,7 +1068,6 @@ END_TARGET
 #define multiply_q8 ON_PATH(multiply_q8)
 #define outputs_of ON_PATH(outputs_of)
 #define outputs ON_PATH(outputs)
-#define outputs_in_blocks ON_PATH(outputs_in_blocks)
 #define share_of_matmul ON_PATH(share_of_matmul)
 #define tile_of ON_PATH(tile_of)
 #define tile ON_PATH(tile)
@@ -1070,11 +1076,13 @@ END_TARGET
 #undef VECS
 #undef TILE_X
 #undef TILE_W
+#undef ROWS
 #undef IN_REGISTER
 #undef BY_HALVES
 #define VECS (WIDE / LANES)             // vectors side by side in attention
 #define TILE_X (ACCUMULATORS == 24 ? 4 : 3)     // rows of x that meet so many of W, at most
 #define TILE_W (ACCUMULATORS / TILE_X)
+#define ROWS(type) (LANES == 8 && ((type) == BF16 || (type) == Q8) ? 3 : TILE_W)
 #ifdef __x86_64__                       // else compilers read a vector anew for each of its uses
 #define IN_REGISTER(v) __asm__("" : "+v"(v))
 #else
@@ -1127,34 +1135,27 @@ INLINE vec load_f16(const void *p) {
     return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(p));
 #elif LANES == 8
     return (vec)_mm256_cvtph_ps(_mm_loadu_si128(p));
+#elif defined __aarch64__
+    typedef __fp16 halves __attribute__((vector_size(2 * LANES), aligned(1), may_alias));
+    return __builtin_convertvector(*(const halves *)p, vec);
 #else
     const uint16_t *h = p;
     return (vec){from_f16(h[0]), from_f16(h[1]), from_f16(h[2]), from_f16(h[3])};
 #endif
 }
 
-// LANES neighbouring 8-bit weights, without their scale.
-INLINE vec load_q8(const void *p) {
-#if LANES == 16
-    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p)));
-#elif LANES == 8
-    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p)));
+// LANES weights at p, of 16 bits or more. Where no instruction widens those of 16 it is every other
+// of 2 * LANES, the even ones or (half = 1) the odd: a shift or a mask. x lies in that order.
+#ifdef __aarch64__
+#define BY_HALVES(type) ((type) == BF16)
 #else
-    typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
-    return __builtin_convertvector(*(const bytes *)p, vec);
-#endif
-}
-
-// Vector l of the 32 weights at p. Of 16-bit ones that no instruction widens it has the even columns
-// of 2 * LANES, and the next one the odd: a shift or a mask.
 #define BY_HALVES(type) ((type) == BF16 || (LANES == 4 && (type) == F16))
-INLINE vec load_weights(const char *p, const int l, const int type) {
+#endif
+INLINE vec load_weights(const char *p, const int half, const int type) {
     typedef int32_t loose_ivec __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
-    if (type == F32) return load((const float *)p + l * LANES);
-    if (type == Q8) return load_q8(p + l * LANES);
-    if (!BY_HALVES(type)) return load_f16(p + l * LANES * 2);
-    ivec both = *(const loose_ivec *)(p + l / 2 * LANES * 4);
-    ivec bits = l % 2 ? both & (int32_t)0xffff0000 : both << 16;
+    if (type == F32) return load((const float *)p);
+    if (!BY_HALVES(type)) return load_f16(p);
+    ivec both = *(const loose_ivec *)p, bits = half ? both & (int32_t)0xffff0000 : both << 16;
     if (type == BF16) return (vec)bits;
     vec f = (vec)(bits >> 3 & (int32_t)0x8fffe000) * 0x1p112f;      // see from_f16()
     return (vec)((ivec)f | ((((ivec)f & 0x7fffffff) >= 0x47800000) & 0x7f800000));
@@ -1170,31 +1171,6 @@ static void arrange(float *x, int64_t n) {
     }
 }
 
-// The scale of 32 8-bit weights, for all lanes.
-INLINE vec load_scale(const uint16_t *p) {
-#if LANES >= 8
-    return _cvtsh_ss(*p) - (vec){0};
-#else
-    return from_f16(*p) - (vec){0};
-#endif
-}
-
-// Columns k .. k + depth of a row of W as float32, with zeros up to a multiple of 32.
-static void widen_part(float *out, const Tensor *w, int64_t row, int64_t k, int64_t depth) {
-    const int type = w->type, bytes = WEIGHT_BYTES(type);
-    const char *from = (const char *)w->data + (row * w->cols + k) * bytes;
-    const uint16_t *scale = type == Q8 ? w->scale + row * ((w->cols + 31) / 32) + k / 32 : NULL;
-    for (k = 0; k < depth; k += 32) {
-        char tail[32 * 4] = {0};
-        const char *p = from + k * bytes;
-        if (depth - k < 32) p = memcpy(tail, p, (size_t)((depth - k) * bytes));
-        vec factor = type == Q8 ? load_scale(scale + k / 32) : 1 - (vec){0};
-        UNROLL for (int l = 0; l < 32 / LANES; l++) {
-            *(loose_vec *)(out + k + l * LANES) = load_weights(p, l, type) * factor;
-        }
-    }
-}
-
 typedef struct {                // n rows of x and m of W that meet in registers
     const float *x;             // [n][ldx]
     int64_t ldx, depth;
@@ -1204,19 +1180,28 @@ typedef struct {                // n rows of x and m of W that meet in registers
     int64_t step;
 } Tile;
 
+// Fetches what belongs beside so many columns.
+INLINE void fetch(Tile *t, int64_t columns) {
+    const char *end = t->next + columns / 32 * t->step;
+    for (; t->next < end; t->next += 64) __builtin_prefetch(t->next, 0, 2);
+    t->next = end;
+}
+
 // sum[n][m] += x . W^T, a chain in each lane.
 INLINE void multiply(vec (*sum)[TILE_W], Tile *t, const int n, const int m, const int type) {
-    for (int64_t k = 0; k < t->depth; k += 32, t->next += t->step) {
-        for (int64_t b = 0; b < t->step; b += 64) __builtin_prefetch(t->next + b, 0, 2);
-        ROLLED for (int l = 0; l < 32; l += 2 * LANES) {
-            UNROLL for (int half = 0; half < 2; half++) {
+    const int halves = BY_HALVES(type) ? 2 : 1;
+    for (int64_t from = 0, to; from < t->depth; from = to) {
+        to = from + 128 < t->depth ? from + 128 : t->depth;
+        fetch(t, to - from);
+        UNROLL for (int half = 0; half < halves; half++) {
+            ROLLED for (int64_t k = from; k < to; k += halves * LANES) {
                 vec a[TILE_X];
                 UNROLL for (int i = 0; i < n; i++) {
-                    a[i] = load(t->x + i * t->ldx + k + l + half * LANES);
+                    a[i] = load(t->x + i * t->ldx + k + half * LANES);
                     IN_REGISTER(a[i]);
                 }
                 UNROLL for (int j = 0; j < m; j++) {
-                    vec f = load_weights(t->w[j] + (k + l) * WEIGHT_BYTES(type), half, type);
+                    vec f = load_weights(t->w[j] + k * WEIGHT_BYTES(type), half, type);
                     IN_REGISTER(f);
                     UNROLL for (int i = 0; i < n; i++) sum[i][j] += a[i] * f;
                 }
@@ -1253,33 +1238,35 @@ INLINE ivec pairs(shorts a, shorts b) {
 #endif
 }
 
-// A row of x as [cols] 16-bit integers and behind them [cols / 32] scales. What is not finite makes
-// its group's scale so.
+// A row of x as 16-bit integers, [groups][32], and behind them a scale for each group. What is not
+// finite makes its group's scale so.
 static void round_row(float *out, const float *x, int64_t cols) {
     typedef int16_t few __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-    for (int64_t k = 0; k < cols; k += 32) {
+    int64_t groups = (cols + 31) / 32;
+    for (int64_t g = 0; g < groups; g++) {
+        float part[32] = {0}, most = 0;
         vec top = {0}, finite = {0};
-        float most = 0;
+        memcpy(part, x + 32 * g, (size_t)(cols - 32 * g < 32 ? cols - 32 * g : 32) * sizeof *x);
         for (int l = 0; l < 32; l += LANES) {
-            vec v = load(x + k + l), size = (vec)((ivec)v & 0x7fffffff);
+            vec v = load(part + l), size = (vec)((ivec)v & 0x7fffffff);
             top = pick(size > top, size, top);
             finite += 0 * v;
         }
         for (int l = 0; l < LANES; l++) most = top[l] > most ? top[l] : most;
         for (int l = 0; l < 32; l += LANES) {       // the sum with 0x1.8p23 rounds to an integer
-            vec t = load(x + k + l) * (most > 0 ? 32767 / most : 0) + 0x1.8p23f;
+            vec t = load(part + l) * (most > 0 ? 32767 / most : 0) + 0x1.8p23f;
             ivec rounded = (ivec)t - (ivec)(0x1.8p23f - (vec){0});
-            *(few *)((int16_t *)out + k + l) = __builtin_convertvector(rounded, few);
+            *(few *)((int16_t *)out + 32 * g + l) = __builtin_convertvector(rounded, few);
         }
-        out[cols / 2 + k / 32] = most / 32767 + sum_of(finite);
+        out[16 * groups + g] = most / 32767 + sum_of(finite);
     }
 }
 
 // The same of rows that round_row() has made.
 INLINE void multiply_q8(vec (*sum)[TILE_W], Tile *t, const int n, const int m) {
     float factor[TILE_X][TILE_W][LANES];
-    for (int64_t g = 0; g < t->depth / 32; g++, t->next += t->step) {
-        for (int64_t b = 0; b < t->step; b += 64) __builtin_prefetch(t->next + b, 0, 2);
+    for (int64_t g = 0; g < t->depth / 32; g++) {
+        fetch(t, 32);
         if (g % LANES == 0) {
             int64_t some = t->depth / 32 - g;       // scales, of this group and those behind it
             UNROLL for (int j = 0; j < m; j++) {
@@ -1307,54 +1294,46 @@ INLINE void multiply_q8(vec (*sum)[TILE_W], Tile *t, const int n, const int m) {
 }
 
 // Outputs of n rows of x from i0 on and m of W from r0 on. Rows that W lacks repeat its last one.
-// Meanwhile the next rows of W are fetched, a part of them beside each of so many `tiles` of x; or,
-// where those are copies that are in a cache already, the next rows of x, if there are any.
+// Meanwhile the next rows of W are fetched, a part of them beside each of so many `tiles` of x.
 INLINE void outputs_of(const Block *p, int64_t i0, int64_t r0, int64_t tile, int64_t tiles,
                        const int n, const int m, const int type) {
-    const int bytes = WEIGHT_BYTES(type);
-    int64_t ldw = p->w->cols * bytes;
-    Tile t = {.x = p->x + i0 * p->ldx, .ldx = p->ldx, .depth = p->depth,
-              .step = 32 * m * bytes / tiles};
+    Tile t = {.x = p->x + i0 * p->ldx, .ldx = p->ldx, .depth = 32 * p->groups,
+              .step = 32 * m * WEIGHT_BYTES(type) / tiles};
     float *y = p->y + i0 * p->ldy + r0;
     vec sum[TILE_X][TILE_W];
     UNROLL for (int j = 0; j < m; j++) {
-        int64_t at = p->row + (r0 + j < p->rows ? r0 + j : p->rows - 1);
-        t.w[j] = (const char *)p->w->data + at * ldw;
-        if (type == Q8) t.scale[j] = p->w->scale + at * (p->w->cols / 32);
-        UNROLL for (int i = 0; i < n; i++) {
-            sum[i][j] = p->begun ? load(p->c + ((i0 + i) * PANEL + r0 + j) * LANES) : (vec){0};
-        }
+        int64_t at = r0 + j < p->rows ? r0 + j : p->rows - 1;
+        t.w[j] = p->w + at * p->ldw;
+        if (type == Q8) t.scale[j] = p->scale + at * p->groups;
+        UNROLL for (int i = 0; i < n; i++) sum[i][j] = (vec){0};
     }
-    t.next = t.w[0] + (m == 1 ? AHEAD : m * ldw + tile * m * ldw / tiles);
-    if (p->c && n > 1) t.next = (const char *)(t.x + n * p->ldx), t.step = r0 ? 0 : n * 128;
+    t.next = t.w[0] + (m == 1 ? AHEAD : m * p->ldw + tile * m * p->ldw / tiles);
     if (type == Q8) multiply_q8(sum, &t, n, m);
     else multiply(sum, &t, n, m, type);
     UNROLL for (int j = 0; j < m; j++) {
         UNROLL for (int i = 0; i < n; i++) {
-            float *chains = p->c + ((i0 + i) * PANEL + r0 + j) * LANES;
-            if (p->goes_on) *(loose_vec *)chains = sum[i][j];
-            else if (r0 + j < p->rows) y[i * p->ldy + j] = sum_of(sum[i][j]) + p->bias[r0 + j];
+            if (r0 + j < p->rows) y[i * p->ldy + j] = sum_of(sum[i][j]) + p->bias[r0 + j];
         }
     }
 }
 
-// The same for all of the panel and n rows of x, tile by tile: rows of W stay in the nearest cache
+// The same for all of the panel and the chunk, tile by tile: rows of W stay in the nearest cache
 // while all rows of x pass. A single x meets long rows of W one by one, from end to end, where one
 // sum at a time keeps up with memory: in wide vectors, and not of 8-bit weights.
-static void outputs(const Block *p, int64_t n) {
-    bool one_by_one = n == 1 && LANES == 16 && p->w->type != Q8 && p->depth >= LONG;
-    int64_t m = one_by_one ? 1 : n == 1 ? 4 : TILE_W;
-    int64_t tiles = (n + TILE_X - 1) / TILE_X, least = n / tiles, some;
+static void outputs(const Block *p) {
+    bool one_by_one = p->n == 1 && LANES == 16 && p->type != Q8 && 32 * p->groups >= LONG;
+    int64_t m = one_by_one ? 1 : p->n == 1 ? 4 : ROWS(p->type);
+    int64_t tiles = (p->n + TILE_X - 1) / TILE_X, least = p->n / tiles, some;
     for (int64_t r = 0; r < p->rows; r += m) {
         for (int64_t i = 0, t = 0; t < tiles; i += some, t++) {
-            some = least + (t < n - least * tiles);
-            switch (8 * p->w->type + (one_by_one ? 0 : some)) {
+            some = least + (t < p->n - least * tiles);
+            switch (8 * p->type + (one_by_one ? 0 : some)) {
 #define TILES(type) \
             case 8 * type: outputs_of(p, 0, r, 0, 1, 1, 1, type); break; \
             case 8 * type + 1: outputs_of(p, 0, r, 0, 1, 1, 4, type); break; \
-            case 8 * type + 2: outputs_of(p, i, r, t, tiles, 2, TILE_W, type); break; \
-            case 8 * type + 3: outputs_of(p, i, r, t, tiles, 3, TILE_W, type); break; \
-            case 8 * type + 4: outputs_of(p, i, r, t, tiles, TILE_X, TILE_W, type); break
+            case 8 * type + 2: outputs_of(p, i, r, t, tiles, 2, ROWS(type), type); break; \
+            case 8 * type + 3: outputs_of(p, i, r, t, tiles, 3, ROWS(type), type); break; \
+            case 8 * type + 4: outputs_of(p, i, r, t, tiles, TILE_X, ROWS(type), type); break
                 TILES(F32); TILES(F16); TILES(BF16); TILES(Q8);
 #undef TILES
             }
@@ -1362,67 +1341,47 @@ static void outputs(const Block *p, int64_t n) {
     }
 }
 
-// The same in blocks of DEPTH columns, with copies of W's rows as float32 that stay in the caches.
-// whole->x is a copy in such blocks: row i of block b is (b * ld + i) * (DEPTH + PAD) floats on.
-static void outputs_in_blocks(const Block *whole, int64_t n, int64_t ld) {
-    const Tensor *w = whole->w;
-    Block p = *whole;
-    p.c = scratch(1, PANEL * (CHUNK * LANES + DEPTH + PAD));
-    p.row = 0;
-    float *wide = p.c + CHUNK * PANEL * LANES;
-    p.w = &(Tensor){.type = F32, .rows = p.rows, .cols = DEPTH + PAD, .data = wide};
-    for (int64_t k = 0; k < w->cols; k += DEPTH) {
-        int64_t here = w->cols - k < DEPTH ? w->cols - k : DEPTH;
-        for (int64_t r = 0; r < p.rows; r++) {
-            widen_part(wide + r * (DEPTH + PAD), w, whole->row + r, k, here);
-        }
-        p.x = whole->x + k * ld / DEPTH * (DEPTH + PAD);
-        p.depth = (here + 31) / 32 * 32;
-        p.begun = k > 0;
-        p.goes_on = k + DEPTH < w->cols;
-        outputs(&p, n);
-    }
-}
-
-// A thread's share of a matmul: of copying x first, then of the outputs, taken as they come. All
-// threads call it, or one alone outside of any parallel region, where that costs nothing. direct:
-// W is read as it is stored, in one block of all columns.
-static void share_of_matmul(float *y, const float *x, const Tensor *w, int64_t n, bool direct,
-                            float *copy, int64_t *next) {
+// A thread's share of a matmul: of copying x first, padded and in the weights' order, then of the
+// outputs, taken as they come. All threads call it, or one alone outside of any parallel region,
+// where that costs nothing.
+static void share_of_matmul(float *y, const float *x, const Tensor *w, int64_t n, float *copy,
+                            int64_t ldx, int64_t *next) {
     static const float no_bias[PANEL];
-    const Tensor rows_of_x = {.type = F32, .rows = n, .cols = w->cols, .data = x};
-    int64_t depth = direct ? w->cols : DEPTH, blocks = (w->cols + depth - 1) / depth;
-    int64_t chunk = direct ? FEW : CHUNK, chunks = (n + chunk - 1) / chunk;
+    const int type = w->type, bytes = WEIGHT_BYTES(type);
+    int64_t cols = w->cols, groups = (cols + 31) / 32, chunks = (n + CHUNK - 1) / CHUNK;
     int64_t panels = (w->rows + PANEL - 1) / PANEL;
-    int64_t ldx = copy ? depth + PAD : w->cols;
     #pragma omp for
-    for (int64_t i = 0; i < (copy ? blocks * n : 0); i++) {
-        int64_t k = i / n * depth, here = w->cols - k < depth ? w->cols - k : depth;
-        if (direct && w->type == Q8) round_row(copy + i * ldx, x + i * w->cols, w->cols);
-        else widen_part(copy + i * ldx, &rows_of_x, i % n, k, here);
-        if (BY_HALVES(w->type)) arrange(copy + i * ldx, here);
+    for (int64_t i = 0; i < (copy ? n : 0); i++) {
+        float *row = pad_rows(copy + i * ldx, 0, x + i * cols, 1, cols * 4, groups * 128);
+        if (type == Q8) round_row(row, x + i * cols, cols);
+        if (BY_HALVES(type)) arrange(row, 32 * groups);
     }
     for (int64_t i; (i = take(next)) < panels * chunks;) {
         int64_t group = i / (GROUP * chunks) * GROUP;       // its first panel
         int64_t inside = i - group * chunks, wide = panels - group < GROUP ? panels - group : GROUP;
-        int64_t first = inside / wide * chunk, some = n - first < chunk ? n - first : chunk;
-        int64_t row = (group + inside % wide) * PANEL;
-        int64_t rows = w->rows - row < PANEL ? w->rows - row : PANEL;
-        Block p = {.w = w, .row = row, .rows = rows, .x = (copy ? copy : x) + first * ldx,
-                   .ldx = ldx, .depth = w->cols, .y = y + first * w->rows + row, .ldy = w->rows,
-                   .bias = w->bias ? w->bias + row : no_bias};
-        if (direct) outputs(&p, some);
-        else outputs_in_blocks(&p, some, n);
+        int64_t first = inside / wide * CHUNK, row = (group + inside % wide) * PANEL;
+        Block p = {.type = type, .rows = w->rows - row < PANEL ? w->rows - row : PANEL,
+                   .groups = groups, .w = (const char *)w->data + row * cols * bytes,
+                   .scale = w->scale + (type == Q8 ? row * groups : 0),
+                   .x = (copy ? copy : x) + first * ldx, .y = y + first * w->rows + row,
+                   .bias = w->bias ? w->bias + row : no_bias,
+                   .n = n - first < CHUNK ? n - first : CHUNK, .ldw = cols * bytes, .ldx = ldx,
+                   .ldy = w->rows};
+        if (cols % 32) {
+            p.ldw = groups * 32 * bytes;
+            float *padded = scratch(1, PANEL * groups * 32);
+            p.w = pad_rows(padded, p.ldw, p.w, p.rows, cols * bytes, p.ldw);
+        }
+        outputs(&p);
     }
 }
 
 static void ON_PATH(matmul)(float *y, const float *x, const Tensor *w, int64_t n) {
-    bool direct = w->cols % 32 == 0 && (n <= FEW || LANES >= 8 || w->type == Q8);
-    int64_t depth = direct ? w->cols : DEPTH, blocks = (w->cols + depth - 1) / depth;
-    bool copied = !direct || BY_HALVES(w->type) || w->type == Q8 || (n > 4 && w->type == F32);
-    float *copy = copied ? scratch(0, blocks * n * (depth + PAD)) : NULL;
-    int64_t next = 0;
-    TOGETHER(n * w->rows * w->cols / 4, share_of_matmul(y, x, w, n, direct, copy, &next));
+    bool ordered = w->type != Q8 && !BY_HALVES(w->type);        // rows of x can be used as they are
+    bool copied = w->cols % 32 || !ordered || (n > 4 && w->type == F32);
+    int64_t ldx = copied ? (w->cols + 31) / 32 * 32 + PAD : w->cols, next = 0;
+    float *copy = copied ? scratch(0, n * ldx) : NULL;
+    TOGETHER(n * w->rows * w->cols / 4, share_of_matmul(y, x, w, n, copy, ldx, &next));
 }
 
 // e^x by 2^n * e^r with |r| <= ln(2) / 2 (Cody and Waite's reduction); subnormal results become 0.
@@ -1615,6 +1574,7 @@ static void transpose_tile(float *t) {
 
 // 16 neighbouring weights as float32 (8-bit ones without their scale).
 INLINE vec_avx512 amx_load(const void *p, const int type) {
+    if (type == Q8) return (vec_avx512)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p)));
     if (type != BF16) return load_weights_avx512(p, 0, type);
     return (vec_avx512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p)), 16);
 }
@@ -1643,7 +1603,7 @@ INLINE void amx_pack_of(uint16_t *to, const Tensor *w, int64_t row, int64_t k, c
             vec_avx512 a = amx_load(p, type), b = amx_load(p + 16 * bytes, type);
             if (type == Q8 && row < w->rows) {
                 int64_t group = row * ((w->cols + 31) / 32) + (k + c) / 32;
-                vec_avx512 factor = load_scale_avx512(w->scale + group);
+                vec_avx512 factor = _cvtsh_ss(w->scale[group]) - (vec_avx512){0};
                 a *= factor, b *= factor;
             }
             _mm512_storeu_si512(high, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
@@ -1749,7 +1709,7 @@ static void amx_outputs(float *y, const uint16_t *x, const Tensor *w, int64_t n,
 static void share_of_matmul_amx(float *y, const float *x, const Tensor *w, int64_t n,
                                 uint16_t *packed, int64_t *next) {
     int64_t groups = (n + 31) / 32 * 2, blocks = (w->cols + AMX_DEPTH - 1) / AMX_DEPTH;
-    int64_t chunks = (n + AMX_CHUNK - 1) / AMX_CHUNK, panel = n <= FEW ? 32 : AMX_PANEL;
+    int64_t chunks = (n + AMX_CHUNK - 1) / AMX_CHUNK, panel = n <= CHUNK ? 32 : AMX_PANEL;
     while (panel > 32 && w->rows / panel * chunks < 8) panel /= 2;      // work for all threads
     int64_t panels = (w->rows + panel - 1) / panel;
     const Tensor rows = {.type = F32, .rows = n, .cols = w->cols, .data = x};

@@ -131,7 +131,7 @@ static void check_f16(void) {
 
 // Do the kernels round x to 16 bits of the largest in its group of 32?
 static bool rounds_x(const Tensor *w) {
-    return w->type == Q8 && w->cols % 32 == 0 && !on_amx() && strcmp(kernels_name(), "plain");
+    return w->type == Q8 && !on_amx() && strcmp(kernels_name(), "plain");
 }
 
 // Rounding errors of a sum grow like a random walk. AMX also loses what two bfloat16 do not hold:
