@@ -1040,11 +1040,12 @@ END_TARGET
 // 3b. Fast kernels (skip on first reading): compiled once for each size of vectors
 // ------------------------------------------------------------------------------------------------
 //
-// For matmul, column k of a sum belongs to chain k % LANES. A chain is summed from its first column
-// to its last, and at the end the chains are added, in one order. So the chains are the lanes of a
-// vector that walks along a row, whatever other rows of x and W are multiplied beside it: a few of
-// each, so that what is loaded is used several times. For attention, tile() adds a few rows of x
-// times 16 keys, or 16 elements of the values, as they lie in the cache; there a sum is one chain.
+// For matmul, a sum is LANES chains, each of every LANES-th column in the order in which weights of a
+// type are widened. A chain is summed from its first column to its last, and at the end the chains
+// are added, in one order. So the chains are the lanes of a vector that walks along a row, whatever
+// other rows of x and W are multiplied beside it: a few of each, so that what is loaded is used
+// several times. For attention, tile() adds a few rows of x times 16 keys, or 16 elements of the
+// values, as they lie in the cache; there a sum is one chain.
 
 #define vec ON_PATH(vec)
 #define ivec ON_PATH(ivec)
@@ -1082,6 +1083,7 @@ END_TARGET
 #define VECS (WIDE / LANES)             // vectors side by side in attention
 #define TILE_X (ACCUMULATORS == 24 ? 4 : 3)     // rows of x that meet so many of W, at most
 #define TILE_W (ACCUMULATORS / TILE_X)
+// Fewer where widening takes registers that sums would need.
 #define ROWS(type) (LANES == 8 && ((type) == BF16 || (type) == Q8) ? 3 : TILE_W)
 #ifdef __x86_64__                       // else compilers read a vector anew for each of its uses
 #define IN_REGISTER(v) __asm__("" : "+v"(v))
@@ -1211,8 +1213,7 @@ INLINE void multiply(vec (*sum)[TILE_W], Tile *t, const int n, const int m, cons
 }
 
 // 8-bit weights are multiplied as integers, twice as many in a vector as floats, with x rounded to
-// 16 bits. Of each group of 32 products only sums become floats, LANES of them, and are scaled: a
-// sum's chains are then the pairs of columns.
+// 16 bits. Of each group of 32 products only sums become floats, one for each chain, and are scaled.
 typedef int16_t shorts __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 
 // 2 * LANES 8-bit weights.
