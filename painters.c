@@ -1155,7 +1155,7 @@ INLINE vec load_f16(const void *p) {
 #endif
 INLINE vec load_weights(const char *p, const int half, const int type) {
     typedef int32_t loose_ivec __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
-    if (type == F32) return load((const float *)p);
+    if (type == F32) return load((const void *)p);
     if (!BY_HALVES(type)) return load_f16(p);
     ivec both = *(const loose_ivec *)p, bits = half ? both & (int32_t)0xffff0000 : both << 16;
     if (type == BF16) return (vec)bits;
@@ -1257,7 +1257,8 @@ static void round_row(float *out, const float *x, int64_t cols) {
         for (int l = 0; l < 32; l += LANES) {       // the sum with 0x1.8p23 rounds to an integer
             vec t = load(part + l) * (most > 0 ? 32767 / most : 0) + 0x1.8p23f;
             ivec rounded = (ivec)t - (ivec)(0x1.8p23f - (vec){0});
-            *(few *)((int16_t *)out + 32 * g + l) = __builtin_convertvector(rounded, few);
+            few *to = (void *)((char *)out + 2 * (32 * g + l));
+            *to = __builtin_convertvector(rounded, few);
         }
         out[16 * groups + g] = most / 32767 + sum_of(finite);
     }
@@ -1285,7 +1286,7 @@ INLINE void multiply_q8(vec (*sum)[TILE_W], Tile *t, const int n, const int m) {
                 w[l] = load_shorts(t->w[j] + 32 * g + 2 * LANES * l);
             }
             UNROLL for (int i = 0; i < n; i++) {
-                const shorts *x = (const shorts *)(t->x + i * t->ldx + 16 * g);
+                const shorts *x = (const void *)(t->x + i * t->ldx + 16 * g);
                 ivec products = pairs(w[0], x[0]);
                 UNROLL for (int l = 1; l < 16 / LANES; l++) products += pairs(w[l], x[l]);
                 sum[i][j] += __builtin_convertvector(products, vec) * factor[i][j][g % LANES];
