@@ -1040,9 +1040,9 @@ END_TARGET
 // 3b. Fast kernels (skip on first reading): compiled once for each size of vectors
 // ------------------------------------------------------------------------------------------------
 //
-// For matmul, a sum is LANES chains, each of every LANES-th column in the order in which weights of a
-// type are widened. A chain is summed from its first column to its last, and at the end the chains
-// are added, in one order. So the chains are the lanes of a vector that walks along a row, whatever
+// For matmul, a sum is LANES chains, each of every LANES-th column in the order in which weights of
+// a type are widened. A chain is summed from its first column to its last, and at the end the
+// chains are added, in one order. So the chains are the lanes of a vector that walks along a row, whatever
 // other rows of x and W are multiplied beside it: a few of each, so that what is loaded is used
 // several times. For attention, tile() adds a few rows of x times 16 keys, or 16 elements of the
 // values, as they lie in the cache; there a sum is one chain.
@@ -1174,7 +1174,7 @@ static void arrange(float *x, int64_t n) {
 }
 
 typedef struct {                // n rows of x and m of W that meet in registers
-    const float *x;             // [n][ldx]
+    const float *x;             // [n][ldx], in the weights' order: see arrange(), round_row()
     int64_t ldx, depth;
     const char *w[TILE_W];
     const uint16_t *scale[TILE_W];
@@ -1189,7 +1189,8 @@ INLINE void fetch(Tile *t, int64_t columns) {
     t->next = end;
 }
 
-// sum[n][m] += x . W^T, a chain in each lane.
+// sum[n][m] += x . W^T, a chain in each lane, 128 columns at a time: of bfloat16 the even ones first,
+// then the odd, in loops so short that compilers keep all sums in registers.
 INLINE void multiply(vec (*sum)[TILE_W], Tile *t, const int n, const int m, const int type) {
     const int halves = BY_HALVES(type) ? 2 : 1;
     for (int64_t from = 0, to; from < t->depth; from = to) {
@@ -1213,7 +1214,7 @@ INLINE void multiply(vec (*sum)[TILE_W], Tile *t, const int n, const int m, cons
 }
 
 // 8-bit weights are multiplied as integers, twice as many in a vector as floats, with x rounded to
-// 16 bits. Of each group of 32 products only sums become floats, one for each chain, and are scaled.
+// 16 bits. Of each 32 products only sums become floats, one for each chain, and are scaled.
 typedef int16_t shorts __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 
 // 2 * LANES 8-bit weights.
@@ -1364,7 +1365,7 @@ static void share_of_matmul(float *y, const float *x, const Tensor *w, int64_t n
         int64_t first = inside / wide * CHUNK, row = (group + inside % wide) * PANEL;
         Block p = {.type = type, .rows = w->rows - row < PANEL ? w->rows - row : PANEL,
                    .groups = groups, .w = (const char *)w->data + row * cols * bytes,
-                   .scale = w->scale + (type == Q8 ? row * groups : 0),
+                   .scale = type == Q8 ? w->scale + row * groups : NULL,
                    .x = (copy ? copy : x) + first * ldx, .y = y + first * w->rows + row,
                    .bias = w->bias ? w->bias + row : no_bias,
                    .n = n - first < CHUNK ? n - first : CHUNK, .ldw = cols * bytes, .ldx = ldx,

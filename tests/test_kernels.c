@@ -167,7 +167,7 @@ static bool same(const float *a, const float *b, int64_t n) {
     return !memcmp(a, b, (size_t)n * sizeof *a);
 }
 
-// The largest error over the outputs' rms: float32's class, also with AMX.
+// The largest error over the outputs' rms: float32's class, also with AMX; 8-bit weights have x rounded.
 static void check_error(int type) {
     enum { N = 32, ROWS = 100, COLS = 4096 };
     Tensor w = random_tensor(type, ROWS, COLS);
