@@ -1040,12 +1040,12 @@ END_TARGET
 // 3b. Fast kernels (skip on first reading): compiled once for each size of vectors
 // ------------------------------------------------------------------------------------------------
 //
-// For matmul, a sum is LANES chains, each of every LANES-th column in the order in which weights of
-// a type are widened. A chain is summed from its first column to its last, and at the end the
-// chains are added, in one order. So the chains are the lanes of a vector that walks along a row, whatever
-// other rows of x and W are multiplied beside it: a few of each, so that what is loaded is used
-// several times. For attention, tile() adds a few rows of x times 16 keys, or 16 elements of the
-// values, as they lie in the cache; there a sum is one chain.
+// For matmul, a sum is LANES chains, each of every LANES-th column in the order in which weights
+// of a type are widened. A chain is summed from its first column to its last, and at the end the
+// chains are added, in one order. So the chains are the lanes of a vector that walks along a row,
+// whatever other rows of x and W are multiplied beside it: a few of each, so that what is loaded
+// is used several times. For attention, tile() adds a few rows of x times 16 keys, or 16 elements
+// of the values, as they lie in the cache; there a sum is one chain.
 
 #define vec ON_PATH(vec)
 #define ivec ON_PATH(ivec)
@@ -1189,8 +1189,8 @@ INLINE void fetch(Tile *t, int64_t columns) {
     t->next = end;
 }
 
-// sum[n][m] += x . W^T, a chain in each lane, 128 columns at a time: of bfloat16 the even ones first,
-// then the odd, in loops so short that compilers keep all sums in registers.
+// sum[n][m] += x . W^T, a chain in each lane, 128 columns at a time: of bfloat16 the even ones
+// first, then the odd, in loops so short that compilers keep all sums in registers.
 INLINE void multiply(vec (*sum)[TILE_W], Tile *t, const int n, const int m, const int type) {
     const int halves = BY_HALVES(type) ? 2 : 1;
     for (int64_t from = 0, to; from < t->depth; from = to) {
