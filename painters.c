@@ -985,6 +985,7 @@ enum {
     DEPTH = 512,                // and values that stay in the cache for all rows
     PANEL = 24,                 // rows of W that are multiplied with
     CHUNK = 32,                 // so many rows of x, at most, as one piece of work
+    BLOCK = 1024,               // columns of float32 that stay in the nearest cache: see outputs()
     GROUP = 8,                  // panels that meet a chunk one after another
     PAD = 16,                   // rows a power of two apart would share cache lines
     LONG = 1024,                // columns of W from which on its rows meet a single x one by one,
@@ -1000,6 +1001,7 @@ typedef struct {                // a panel of W and a chunk of x
     float *y;                   // [n][ldy]
     const float *bias;          // [rows]
     int64_t n, ldw, ldx, ldy;
+    int64_t tiles, from, to;    // of x, and columns to be multiplied next
 } Block;
 
 // Copies rows of `bytes` bytes, with zeros behind them up to `padded`, to places ld bytes apart.
@@ -1175,7 +1177,7 @@ static void arrange(float *x, int64_t n) {
 
 typedef struct {                // n rows of x and m of W that meet in registers
     const float *x;             // [n][ldx], in the weights' order: see arrange(), round_row()
-    int64_t ldx, depth;
+    int64_t ldx, depth, from, to;   // columns in all, and those to multiply
     const char *w[TILE_W];
     const uint16_t *scale[TILE_W];
     const char *next;           // what is fetched meanwhile: `step` bytes for every 32 columns
@@ -1193,8 +1195,8 @@ INLINE void fetch(Tile *t, int64_t columns) {
 // first, then the odd, in loops so short that compilers keep all sums in registers.
 INLINE void multiply(vec (*sum)[TILE_W], Tile *t, const int n, const int m, const int type) {
     const int halves = BY_HALVES(type) ? 2 : 1;
-    for (int64_t from = 0, to; from < t->depth; from = to) {
-        to = from + 128 < t->depth ? from + 128 : t->depth;
+    for (int64_t from = t->from, to; from < t->to; from = to) {
+        to = from + 128 < t->to ? from + 128 : t->to;
         fetch(t, to - from);
         UNROLL for (int half = 0; half < halves; half++) {
             ROLLED for (int64_t k = from; k < to; k += halves * LANES) {
@@ -1268,7 +1270,7 @@ static void round_row(float *out, const float *x, int64_t cols) {
 // The same of rows that round_row() has made.
 INLINE void multiply_q8(vec (*sum)[TILE_W], Tile *t, const int n, const int m) {
     float factor[TILE_X][TILE_W][LANES];
-    for (int64_t g = 0; g < t->depth / 32; g++) {
+    for (int64_t g = t->from / 32; g < t->to / 32; g++) {
         fetch(t, 32);
         if (g % LANES == 0) {
             int64_t some = t->depth / 32 - g;       // scales, of this group and those behind it
@@ -1296,47 +1298,57 @@ INLINE void multiply_q8(vec (*sum)[TILE_W], Tile *t, const int n, const int m) {
     }
 }
 
-// Outputs of n rows of x from i0 on and m of W from r0 on. Rows that W lacks repeat its last one.
-// Meanwhile the next rows of W are fetched, a part of them beside each of so many `tiles` of x.
-INLINE void outputs_of(const Block *p, int64_t i0, int64_t r0, int64_t tile, int64_t tiles,
+// Outputs of n rows of x from i0 on, and m of W from r0 on, or their sums so far. Rows that W lacks
+// repeat its last one. Meanwhile the next rows of W are fetched, a part of them beside each tile.
+INLINE void outputs_of(const Block *p, int64_t i0, int64_t r0, int64_t tile, vec (*kept)[TILE_W],
                        const int n, const int m, const int type) {
-    Tile t = {.x = p->x + i0 * p->ldx, .ldx = p->ldx, .depth = 32 * p->groups,
-              .step = 32 * m * WEIGHT_BYTES(type) / tiles};
+    Tile t = {.x = p->x + i0 * p->ldx, .ldx = p->ldx, .depth = 32 * p->groups, .from = p->from,
+              .to = p->to, .step = 32 * m * WEIGHT_BYTES(type) / p->tiles};
     float *y = p->y + i0 * p->ldy + r0;
     vec sum[TILE_X][TILE_W];
     UNROLL for (int j = 0; j < m; j++) {
         int64_t at = r0 + j < p->rows ? r0 + j : p->rows - 1;
         t.w[j] = p->w + at * p->ldw;
         if (type == Q8) t.scale[j] = p->scale + at * p->groups;
-        UNROLL for (int i = 0; i < n; i++) sum[i][j] = (vec){0};
+        UNROLL for (int i = 0; i < n; i++) sum[i][j] = t.from ? kept[i][j] : (vec){0};
     }
-    t.next = t.w[0] + (m == 1 ? AHEAD : m * p->ldw + tile * m * p->ldw / tiles);
+    t.next = t.w[0] + (m == 1 ? AHEAD : m * p->ldw + tile * m * p->ldw / p->tiles);
+    t.next += t.from / 32 * t.step;
     if (type == Q8) multiply_q8(sum, &t, n, m);
     else multiply(sum, &t, n, m, type);
     UNROLL for (int j = 0; j < m; j++) {
         UNROLL for (int i = 0; i < n; i++) {
-            if (r0 + j < p->rows) y[i * p->ldy + j] = sum_of(sum[i][j]) + p->bias[r0 + j];
+            if (t.to < t.depth) kept[i][j] = sum[i][j];
+            else if (r0 + j < p->rows) y[i * p->ldy + j] = sum_of(sum[i][j]) + p->bias[r0 + j];
         }
     }
 }
 
 // The same for all of the panel and the chunk, tile by tile: rows of W stay in the nearest cache
-// while all rows of x pass. A single x meets long rows of W one by one, from end to end, where one
-// sum at a time keeps up with memory: in wide vectors, and not of 8-bit weights.
-static void outputs(const Block *p) {
-    bool one_by_one = p->n == 1 && LANES == 16 && p->type != Q8 && 32 * p->groups >= LONG;
-    int64_t m = one_by_one ? 1 : p->n == 1 ? 4 : ROWS(p->type);
-    int64_t tiles = (p->n + TILE_X - 1) / TILE_X, least = p->n / tiles, some;
-    for (int64_t r = 0; r < p->rows; r += m) {
-        for (int64_t i = 0, t = 0; t < tiles; i += some, t++) {
-            some = least + (t < p->n - least * tiles);
-            switch (8 * p->type + (one_by_one ? 0 : some)) {
+// while all rows of x pass. Rows of float32 are too long for it: in wide vectors, which would have
+// to wait for them, they come in blocks. A single x meets long rows of W one by one, from end to
+// end, where one sum at a time keeps up with memory: in wide vectors, and not of 8-bit weights.
+static void outputs(Block p) {
+    int64_t depth = 32 * p.groups, block = depth, least, some;
+    bool one_by_one = p.n == 1 && LANES == 16 && p.type != Q8 && depth >= LONG;
+    int64_t m = one_by_one ? 1 : p.n == 1 ? 4 : ROWS(p.type);
+    vec kept[CHUNK / TILE_X + 1][TILE_X][TILE_W];
+    p.tiles = (p.n + TILE_X - 1) / TILE_X;
+    least = p.n / p.tiles;
+    if (LANES == 16 && p.type == F32 && p.tiles > 1) block = BLOCK;
+    for (int64_t at = 0; at < (p.rows + m - 1) / m * depth; at += p.to - p.from) {
+        int64_t r = at / depth * m;
+        p.from = at % depth;
+        p.to = p.from + block < depth ? p.from + block : depth;
+        for (int64_t i = 0, t = 0; t < p.tiles; i += some, t++) {
+            some = least + (t < p.n - least * p.tiles);
+            switch (8 * p.type + (one_by_one ? 0 : some)) {
 #define TILES(type) \
-            case 8 * type: outputs_of(p, 0, r, 0, 1, 1, 1, type); break; \
-            case 8 * type + 1: outputs_of(p, 0, r, 0, 1, 1, 4, type); break; \
-            case 8 * type + 2: outputs_of(p, i, r, t, tiles, 2, ROWS(type), type); break; \
-            case 8 * type + 3: outputs_of(p, i, r, t, tiles, 3, ROWS(type), type); break; \
-            case 8 * type + 4: outputs_of(p, i, r, t, tiles, TILE_X, ROWS(type), type); break
+            case 8 * type: outputs_of(&p, 0, r, 0, kept[0], 1, 1, type); break; \
+            case 8 * type + 1: outputs_of(&p, 0, r, 0, kept[0], 1, 4, type); break; \
+            case 8 * type + 2: outputs_of(&p, i, r, t, kept[t], 2, ROWS(type), type); break; \
+            case 8 * type + 3: outputs_of(&p, i, r, t, kept[t], 3, ROWS(type), type); break; \
+            case 8 * type + 4: outputs_of(&p, i, r, t, kept[t], TILE_X, ROWS(type), type); break
                 TILES(F32); TILES(F16); TILES(BF16); TILES(Q8);
 #undef TILES
             }
@@ -1375,7 +1387,7 @@ static void share_of_matmul(float *y, const float *x, const Tensor *w, int64_t n
             float *padded = scratch(1, PANEL * groups * 32);
             p.w = pad_rows(padded, p.ldw, p.w, p.rows, cols * bytes, p.ldw);
         }
-        outputs(&p);
+        outputs(p);
     }
 }
 
