@@ -805,12 +805,24 @@ static float *scratch(int slot, int64_t floats) {
     return memory[slot];
 }
 
-// The next piece of work that no thread has taken.
-static int64_t take(int64_t *next) {
-    int64_t i;
-    #pragma omp atomic capture
-    i = (*next)++;
-    return i;
+// n pieces of work are as many stretches as there are threads, up to STRETCHES. A thread takes the
+// pieces of its own, one behind the other, since memory gives more to those who read on: on a Zen 5
+// decoding is 1.1 (float32) to 1.4 (8 bits) times as fast as with pieces taken from one heap. Then
+// it helps the others. Returns n when there are no more; next, [STRETCHES], begins with zeros.
+enum { STRETCHES = 64 };
+static int64_t take(int64_t *next, int64_t n) {
+    int64_t own = 0, count = 1;
+#ifdef _OPENMP
+    count = omp_get_num_threads() < STRETCHES ? omp_get_num_threads() : STRETCHES;
+    own = omp_get_thread_num() % count;
+#endif
+    for (int64_t k = own; k < own + count; k++) {
+        int64_t stretch = k % count, first = n * stretch / count, i;
+        #pragma omp atomic capture
+        i = next[stretch]++;
+        if (first + i < n * (stretch + 1) / count) return first + i;
+    }
+    return n;
 }
 
 enum { WORTH_THREADS = 1 << 19 };       // operations; kernels do four products in the time of one
@@ -1187,7 +1199,7 @@ typedef struct {                // n rows of x and m of W that meet in registers
 // Fetches what belongs beside so many columns.
 INLINE void fetch(Tile *t, int64_t columns) {
     const char *end = t->next + columns / 32 * t->step;
-    for (; t->next < end; t->next += 64) __builtin_prefetch(t->next, 0, 2);
+    for (; t->next < end; t->next += 64) __builtin_prefetch(t->next, 0, 3);
     t->next = end;
 }
 
@@ -1371,7 +1383,7 @@ static void share_of_matmul(float *y, const float *x, const Tensor *w, int64_t n
         if (type == Q8) round_row(row, x + i * cols, cols);
         if (BY_HALVES(type)) arrange(row, 32 * groups);
     }
-    for (int64_t i; (i = take(next)) < panels * chunks;) {
+    for (int64_t i; (i = take(next, panels * chunks)) < panels * chunks;) {
         int64_t group = i / (GROUP * chunks) * GROUP;       // its first panel
         int64_t inside = i - group * chunks, wide = panels - group < GROUP ? panels - group : GROUP;
         int64_t first = inside / wide * CHUNK, row = (group + inside % wide) * PANEL;
@@ -1394,9 +1406,9 @@ static void share_of_matmul(float *y, const float *x, const Tensor *w, int64_t n
 static void ON_PATH(matmul)(float *y, const float *x, const Tensor *w, int64_t n) {
     bool ordered = w->type != Q8 && !BY_HALVES(w->type);        // rows of x can be used as they are
     bool copied = w->cols % 32 || !ordered || (n > 4 && w->type == F32);
-    int64_t ldx = copied ? (w->cols + 31) / 32 * 32 + PAD : w->cols, next = 0;
+    int64_t ldx = copied ? (w->cols + 31) / 32 * 32 + PAD : w->cols, next[STRETCHES] = {0};
     float *copy = copied ? scratch(0, n * ldx) : NULL;
-    TOGETHER(n * w->rows * w->cols / 4, share_of_matmul(y, x, w, n, copy, ldx, &next));
+    TOGETHER(n * w->rows * w->cols / 4, share_of_matmul(y, x, w, n, copy, ldx, next));
 }
 
 // e^x by 2^n * e^r with |r| <= ln(2) / 2 (Cody and Waite's reduction); subnormal results become 0.
@@ -1737,7 +1749,7 @@ static void share_of_matmul_amx(float *y, const float *x, const Tensor *w, int64
             transpose_tile((float *)(void *)(to + t));      // as second factors have to stand, rows
         }                                                   // and pairs of columns change places
     }
-    for (int64_t i; (i = take(next)) < panels * chunks;) {
+    for (int64_t i; (i = take(next, panels * chunks)) < panels * chunks;) {
         int64_t first = i % chunks * AMX_CHUNK, row = i / chunks * panel;
         amx_outputs(y, packed, w, n, first, n - first < AMX_CHUNK ? n - first : AMX_CHUNK, row,
                     w->rows - row < panel ? w->rows - row : panel);
@@ -1747,8 +1759,8 @@ static void share_of_matmul_amx(float *y, const float *x, const Tensor *w, int64
 static void matmul_amx(float *y, const float *x, const Tensor *w, int64_t n) {
     int64_t groups = (n + 31) / 32 * 2, blocks = (w->cols + AMX_DEPTH - 1) / AMX_DEPTH;
     uint16_t *packed = (uint16_t *)(void *)scratch(0, blocks * groups * AMX_GROUP / 2);
-    int64_t next = 0;
-    TOGETHER(n * w->rows * w->cols / 4, share_of_matmul_amx(y, x, w, n, packed, &next));
+    int64_t next[STRETCHES] = {0};
+    TOGETHER(n * w->rows * w->cols / 4, share_of_matmul_amx(y, x, w, n, packed, next));
 }
 END_TARGET
 #endif
