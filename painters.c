@@ -1013,7 +1013,7 @@ typedef struct {                // a panel of W and a chunk of x
     float *y;                   // [n][ldy]
     const float *bias;          // [rows]
     int64_t n, ldw, ldx, ldy;
-    int64_t tiles, from, to;    // of x, and columns to be multiplied next
+    int64_t tiles, from, to;    // of x: see outputs(); columns to be multiplied next
 } Block;
 
 // Copies rows of `bytes` bytes, with zeros behind them up to `padded`, to places ld bytes apart.
@@ -1348,21 +1348,21 @@ static void outputs(Block p) {
     p.tiles = (p.n + TILE_X - 1) / TILE_X;
     least = p.n / p.tiles;
     if (LANES == 16 && p.type == F32 && p.tiles > 1) block = BLOCK;
-    for (int64_t at = 0; at < (p.rows + m - 1) / m * depth; at += p.to - p.from) {
-        int64_t r = at / depth * m;
-        p.from = at % depth;
-        p.to = p.from + block < depth ? p.from + block : depth;
-        for (int64_t i = 0, t = 0; t < p.tiles; i += some, t++) {
-            some = least + (t < p.n - least * p.tiles);
-            switch (8 * p.type + (one_by_one ? 0 : some)) {
+    for (int64_t r = 0; r < p.rows; r += m) {
+        for (p.from = 0; p.from < depth; p.from = p.to) {
+            p.to = p.from + block < depth ? p.from + block : depth;
+            for (int64_t i = 0, t = 0; t < p.tiles; i += some, t++) {
+                some = least + (t < p.n - least * p.tiles);
+                switch (8 * p.type + (one_by_one ? 0 : some)) {
 #define TILES(type) \
-            case 8 * type: outputs_of(&p, 0, r, 0, kept[0], 1, 1, type); break; \
-            case 8 * type + 1: outputs_of(&p, 0, r, 0, kept[0], 1, 4, type); break; \
-            case 8 * type + 2: outputs_of(&p, i, r, t, kept[t], 2, ROWS(type), type); break; \
-            case 8 * type + 3: outputs_of(&p, i, r, t, kept[t], 3, ROWS(type), type); break; \
-            case 8 * type + 4: outputs_of(&p, i, r, t, kept[t], TILE_X, ROWS(type), type); break
-                TILES(F32); TILES(F16); TILES(BF16); TILES(Q8);
+                case 8 * type: outputs_of(&p, 0, r, 0, kept[0], 1, 1, type); break; \
+                case 8 * type + 1: outputs_of(&p, 0, r, 0, kept[0], 1, 4, type); break; \
+                case 8 * type + 2: outputs_of(&p, i, r, t, kept[t], 2, ROWS(type), type); break; \
+                case 8 * type + 3: outputs_of(&p, i, r, t, kept[t], 3, ROWS(type), type); break; \
+                case 8 * type + 4: outputs_of(&p, i, r, t, kept[t], TILE_X, ROWS(type), type); break
+                    TILES(F32); TILES(F16); TILES(BF16); TILES(Q8);
 #undef TILES
+                }
             }
         }
     }

@@ -249,6 +249,28 @@ static void mark(char *done, int n) {
     for (int i = 0; i < n; i++) done[i] = 1;
 }
 
+// Every piece of work is taken once, by however many threads, and their counters have their room.
+static void check_take(void) {
+    enum { BEHIND = 16, MOST = 200 };
+    static const int threads[] = {1, 2, 3, STRETCHES, STRETCHES + BEHIND}, works[] = {0, 1, 5, MOST};
+    for (int t = 0; t < 5; t++) {
+        for (int w = 0; w < 4; w++) {
+            int64_t next[STRETCHES + BEHIND] = {0}, n = works[w];
+            int done[MOST] = {0};
+            #pragma omp parallel num_threads(threads[t])
+            for (int64_t i; (i = take(next, n)) < n;) {
+                #pragma omp atomic
+                done[i]++;
+            }
+            for (int i = 0; i < MOST; i++) {
+                CHECK(done[i] == (i < n), "%d threads: piece %d of %d taken %d times", threads[t], i,
+                      works[w], done[i]);
+            }
+            for (int i = 0; i < BEHIND; i++) CHECK(!next[STRETCHES + i], "counter %d", STRETCHES + i);
+        }
+    }
+}
+
 // Threads of a program that embeds this each do all of their own work, however little it is.
 static void check_teams(void) {
     #pragma omp parallel num_threads(2)
@@ -458,6 +480,7 @@ int main(int argc, char **argv) {
 #endif
     kernels_init(NULL, false);
     printf("this CPU's path is %s\n", kernels_name());
+    check_take();
     check_teams();
     for (int i = 0; i < N_KERNELS; i++) {
         if (!kernels_available(i)) continue;
