@@ -796,7 +796,7 @@ static uint64_t hash_bytes(const unsigned char *p, int64_t n) {
 
 // Memory of the calling thread for intermediate results; slot's previous contents are lost.
 static float *scratch(int slot, int64_t floats) {
-    static _Thread_local float *memory[2];
+    static _Thread_local float *memory[3];
     if (floats * (int64_t)sizeof(float) > allocated(memory[slot])) {
         release(memory[slot]);
         memory[slot] = NULL;            // should allocate() not return
@@ -999,6 +999,8 @@ enum {
     CHUNK = 32,                 // so many rows of x, at most, as one piece of work
     BLOCK = 1024,               // columns of float32 that stay in the nearest cache: see outputs()
     GROUP = 8,                  // panels that meet a chunk one after another
+    PACK = 64, PACK_X = 132,    // rows of W and x that meet chain by chain,
+    PACK_CHUNK = 512,           // rows of x as one piece of work, when there are many
     PAD = 16,                   // rows a power of two apart would share cache lines
     LONG = 1024,                // columns of W from which on its rows meet a single x one by one,
     AHEAD = 6144                // fetched so many bytes ahead
@@ -1056,10 +1058,14 @@ END_TARGET
 //
 // For matmul, a sum is LANES chains, each of every LANES-th column in the order in which weights
 // of a type are widened. A chain is summed from its first column to its last, and at the end the
-// chains are added, in one order. So the chains are the lanes of a vector that walks along a row,
-// whatever other rows of x and W are multiplied beside it: a few of each, so that what is loaded
-// is used several times. For attention, tile() adds a few rows of x times 16 keys, or 16 elements
-// of the values, as they lie in the cache; there a sum is one chain.
+// chains are added, in one order. This can be done in two ways. With few rows of x the chains are
+// the lanes of a vector that walks along a row, and a few rows of x and W meet in registers, so
+// that what is loaded is used several times. With many, W's rows are the lanes: one chain after
+// the other, tile() adds a few rows of x times WIDE_W rows of W, which were transposed for it. That
+// is up to 1.3 times as fast, but transposing takes as long as some 15 rows of x.
+//
+// For attention, tile() adds a few queries times 16 keys, or weights times 16 elements of the
+// values, as they lie in the cache; there a sum is one chain.
 
 #define vec ON_PATH(vec)
 #define ivec ON_PATH(ivec)
@@ -1073,6 +1079,14 @@ END_TARGET
 #define load_weights ON_PATH(load_weights)
 #define load_f16 ON_PATH(load_f16)
 #define arrange ON_PATH(arrange)
+#define tile_of ON_PATH(tile_of)
+#define tile ON_PATH(tile)
+#define transpose ON_PATH(transpose)
+#define place_in_row ON_PATH(place_in_row)
+#define pack_x ON_PATH(pack_x)
+#define pack ON_PATH(pack)
+#define sum_of_chains ON_PATH(sum_of_chains)
+#define outputs_by_chains ON_PATH(outputs_by_chains)
 #define Tile ON_PATH(Tile)
 #define fetch ON_PATH(fetch)
 #define multiply ON_PATH(multiply)
@@ -1084,8 +1098,6 @@ END_TARGET
 #define outputs_of ON_PATH(outputs_of)
 #define outputs ON_PATH(outputs)
 #define share_of_matmul ON_PATH(share_of_matmul)
-#define tile_of ON_PATH(tile_of)
-#define tile ON_PATH(tile)
 #define exp_of ON_PATH(exp_of)
 #define weigh ON_PATH(weigh)
 #undef VECS
@@ -1094,11 +1106,18 @@ END_TARGET
 #undef ROWS
 #undef IN_REGISTER
 #undef BY_HALVES
-#define VECS (WIDE / LANES)             // vectors side by side in attention
+#undef WIDE_W
+#undef FEW
+#undef EACH_LANE
 #define TILE_X (ACCUMULATORS == 24 ? 4 : 3)     // rows of x that meet so many of W, at most
 #define TILE_W (ACCUMULATORS / TILE_X)
 // Fewer where widening takes registers that sums would need.
 #define ROWS(type) (LANES == 8 && ((type) == BF16 || (type) == Q8) ? 3 : TILE_W)
+#define WIDE_W (LANES == 16 ? 32 : 16)
+// More rows of x are many: as measured, never where the other way keeps up.
+#define FEW(type) \
+    ((type) == Q8 ? INT64_MAX : (type) == F32 || LANES == 4 ? 40 \
+     : (type) == BF16 && LANES == 8 ? 64 : INT64_MAX)
 #ifdef __x86_64__                       // else compilers read a vector anew for each of its uses
 #define IN_REGISTER(v) __asm__("" : "+v"(v))
 #else
@@ -1184,6 +1203,152 @@ static void arrange(float *x, int64_t n) {
         for (int l = 0; l < LANES; l++) odd[l] = x[2 * l + 1];
         for (int l = 0; l < LANES; l++) x[l] = x[2 * l];
         memcpy(x + LANES, odd, sizeof odd);
+    }
+}
+
+// c[rows][wide] = or += a[rows][depth] . b[depth][wide].
+INLINE void tile_of(const int rows, const int wide, float *c, int64_t ldc, const float *a,
+                    int64_t lda, const float *b, int64_t ldb, int64_t depth, bool more) {
+    vec sum[12][WIDE / 4];
+    UNROLL for (int i = 0; i < rows; i++) {
+        UNROLL for (int v = 0; v < wide / LANES; v++) {
+            sum[i][v] = more ? load(c + i * ldc + v * LANES) : (vec){0};
+        }
+    }
+    for (int64_t k = 0; k < depth; k++) {
+        vec w[WIDE / 4];
+        UNROLL for (int v = 0; v < wide / LANES; v++) w[v] = load(b + k * ldb + v * LANES);
+        UNROLL for (int i = 0; i < rows; i++) {
+            UNROLL for (int v = 0; v < wide / LANES; v++) sum[i][v] += a[i * lda + k] * w[v];
+        }
+    }
+    UNROLL for (int i = 0; i < rows; i++) {
+        UNROLL for (int v = 0; v < wide / LANES; v++) {
+            *(loose_vec *)(c + i * ldc + v * LANES) = sum[i][v];
+        }
+    }
+}
+
+// The same for any number of rows: as many at a time as fit into registers, or one less.
+INLINE void tile(int64_t rows, const int wide, float *c, int64_t ldc, const float *a, int64_t lda,
+                 const float *b, int64_t ldb, int64_t depth, bool more) {
+    const int most = ACCUMULATORS * LANES / wide > 12 ? 12 : ACCUMULATORS * LANES / wide;
+    for (int64_t n; rows > 0; rows -= n) {
+        n = rows >= most - (rows % most > 0) ? most - (rows % most > 0) : rows >= 3 ? 3 : 1;
+        if (n == most) tile_of(most, wide, c, ldc, a, lda, b, ldb, depth, more);
+        else if (n == most - 1) tile_of(most - 1, wide, c, ldc, a, lda, b, ldb, depth, more);
+        else if (n == 3) tile_of(3, wide, c, ldc, a, lda, b, ldb, depth, more);
+        else tile_of(1, wide, c, ldc, a, lda, b, ldb, depth, more);
+        c += n * ldc, a += n * lda;
+    }
+}
+
+// Transposes v[LANES]: of every two vectors blocks of h lanes change places, h = 1, 2, 4, ...
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
+#endif
+#define FOUR_LANES(f, h, l) f(h, l), f(h, (l) + 1), f(h, (l) + 2), f(h, (l) + 3)
+#if LANES == 16
+#define EACH_LANE(f, h) \
+    FOUR_LANES(f, h, 0), FOUR_LANES(f, h, 4), FOUR_LANES(f, h, 8), FOUR_LANES(f, h, 12)
+#elif LANES == 8
+#define EACH_LANE(f, h) FOUR_LANES(f, h, 0), FOUR_LANES(f, h, 4)
+#else
+#define EACH_LANE(f, h) FOUR_LANES(f, h, 0)
+#endif
+#define OF_FIRST(h, l) ((l) & (h) ? LANES + (l) - (h) : (l))
+#define OF_SECOND(h, l) (((l) & (h) ? LANES + (l) : (l) + (h)) % (2 * LANES))
+#define EXCHANGE(h) \
+    UNROLL for (int i = 0; i < LANES; i++) { \
+        if (i & h || h >= LANES) continue; \
+        vec a = v[i], b = v[(i + h) % LANES]; \
+        v[i] = SHUFFLE(a, b, EACH_LANE(OF_FIRST, h)); \
+        v[(i + h) % LANES] = SHUFFLE(a, b, EACH_LANE(OF_SECOND, h)); \
+    }
+INLINE void transpose(vec *v) { EXCHANGE(1) EXCHANGE(2) EXCHANGE(4) EXCHANGE(8) }
+
+// Where in a row, as arrange() leaves it, the i-th elements of all chains lie: see multiply().
+INLINE int64_t place_in_row(int64_t i, int64_t depth, const int type) {
+    const int64_t some = 128 / LANES, first = i / some * some, j = i - first;
+    int64_t half = (depth - first < some ? depth - first : some) / 2;
+    if (!BY_HALVES(type)) return i * LANES;
+    return (first + (j < half ? 2 * j : 2 * (j - half) + 1)) * LANES;
+}
+
+// to[LANES][depth] = the chains of a row of x.
+static void pack_x(float *to, const float *x, int64_t depth, int type) {
+    for (int64_t i = 0; i < depth; i += LANES) {
+        vec v[LANES];
+        for (int64_t l = 0; l < LANES; l++) {
+            v[l] = i + l < depth ? load(x + place_in_row(i + l, depth, type)) : (vec){0};
+        }
+        transpose(v);
+        for (int64_t l = 0; l < LANES; l++) store_some(to + l * depth + i, v[l], depth - i);
+    }
+}
+
+// to[LANES][PACK / WIDE_W][depth][WIDE_W] = those of a panel of W, `lane` floats from one to the
+// next. Rows that W lacks repeat its last one. Those behind are fetched meanwhile.
+INLINE void pack(float *to, int64_t lane, const Block *p, int64_t depth, const int type) {
+    for (int64_t r = 0; r < (p->rows + WIDE_W - 1) / WIDE_W * WIDE_W; r += LANES) {
+        float *at = to + r / WIDE_W * depth * WIDE_W + r % WIDE_W;
+        const char *w[LANES], *next = p->w + (r + LANES) * p->ldw;
+        for (int64_t j = 0; j < LANES; j++) {
+            w[j] = p->w + (r + j < p->rows ? r + j : p->rows - 1) * p->ldw;
+        }
+        for (int64_t i = 0; i < depth; i++, at += WIDE_W) {
+            int64_t k = place_in_row(i, depth, type), half = BY_HALVES(type) ? k / LANES % 2 : 0;
+            vec v[LANES];
+            for (int b = 0; b < LANES * LANES * WEIGHT_BYTES(type); b += 64) {
+                __builtin_prefetch(next + i * LANES * LANES * WEIGHT_BYTES(type) + b, 0, 2);
+            }
+            k = (k - half * LANES) * WEIGHT_BYTES(type);
+            UNROLL for (int j = 0; j < LANES; j++) v[j] = load_weights(w[j] + k, (int)half, type);
+            transpose(v);
+            UNROLL for (int l = 0; l < LANES; l++) *(loose_vec *)(at + l * lane) = v[l];
+        }
+    }
+}
+
+// sums[n][PACK] = chains first, first + step and so on of n rows of x and a panel of W, both
+// packed, added as sum_of() does. Behind sums is room for as many, for each doubling of step.
+static void sum_of_chains(const Block *p, float *sums, int64_t first, int64_t step) {
+    if (step < LANES) {
+        float *others = sums + p->n * PACK;
+        sum_of_chains(p, sums, first, 2 * step);
+        sum_of_chains(p, others, first + step, 2 * step);
+        for (int64_t i = 0; i < p->n * PACK; i++) sums[i] += others[i];
+        return;
+    }
+    int64_t depth = 32 * p->groups / LANES;
+    const float *w = (const float *)(const void *)p->w + first * p->ldw, *x = p->x + first * depth;
+    for (int64_t k = 0; k < depth; k += DEPTH) {
+        for (int64_t r = 0; r < p->rows; r += WIDE_W) {
+            tile(p->n, WIDE_W, sums + r, PACK, x + k, p->ldx, w + r * depth + k * WIDE_W, WIDE_W,
+                 depth - k < DEPTH ? depth - k : DEPTH, k > 0);
+        }
+    }
+}
+
+// Outputs of a panel of W and a chunk of many rows of x, which are packed.
+static void outputs_by_chains(Block p) {
+    int64_t depth = 32 * p.groups / LANES, lane = PACK * depth + PAD, n = p.n;
+    float *packed = scratch(2, LANES * lane + 5 * PACK_X * PACK), *sums = packed + LANES * lane;
+    switch (p.type) {
+    case F32: pack(packed, lane, &p, depth, F32); break;
+    case F16: pack(packed, lane, &p, depth, F16); break;
+    case BF16: pack(packed, lane, &p, depth, BF16); break;
+    }
+    p.w = (const char *)packed, p.ldw = lane;
+    for (int64_t i = 0; i < n; i += p.n, p.x += p.n * p.ldx) {
+        p.n = n - i < PACK_X ? n - i : PACK_X;
+        sum_of_chains(&p, sums, 0, 1);
+        for (int64_t j = 0; j < p.n; j++) {
+            float *y = p.y + (i + j) * p.ldy;
+            for (int64_t r = 0; r < p.rows; r++) y[r] = sums[j * PACK + r] + p.bias[r];
+        }
     }
 }
 
@@ -1368,38 +1533,43 @@ static void outputs(Block p) {
     }
 }
 
-// A thread's share of a matmul: of copying x first, padded and in the weights' order, then of the
-// outputs, taken as they come. All threads call it, or one alone outside of any parallel region,
+// A thread's share of a matmul: of copying x first, padded and in the weights' order, or packed,
+// then of the outputs, taken as they come. All threads call it, or one alone outside of any parallel region,
 // where that costs nothing.
 static void share_of_matmul(float *y, const float *x, const Tensor *w, int64_t n, float *copy,
                             int64_t ldx, int64_t *next) {
-    static const float no_bias[PANEL];
+    static const float no_bias[PACK];
     const int type = w->type, bytes = WEIGHT_BYTES(type);
-    int64_t cols = w->cols, groups = (cols + 31) / 32, chunks = (n + CHUNK - 1) / CHUNK;
-    int64_t panels = (w->rows + PANEL - 1) / PANEL;
+    const bool many = n > FEW(type);
+    int64_t panel = many ? PACK : PANEL, chunk = many ? PACK_CHUNK : CHUNK;
+    int64_t cols = w->cols, groups = (cols + 31) / 32, chunks = (n + chunk - 1) / chunk;
+    int64_t panels = (w->rows + panel - 1) / panel;
     #pragma omp for
     for (int64_t i = 0; i < (copy ? n : 0); i++) {
-        float *row = pad_rows(copy + i * ldx, 0, x + i * cols, 1, cols * 4, groups * 128);
+        float *row = many ? scratch(1, ldx) : copy + i * ldx;
+        pad_rows(row, 0, x + i * cols, 1, cols * 4, groups * 128);
         if (type == Q8) round_row(row, x + i * cols, cols);
         if (BY_HALVES(type)) arrange(row, 32 * groups);
+        if (many) pack_x(copy + i * ldx, row, 32 * groups / LANES, type);
     }
     for (int64_t i; (i = take(next, panels * chunks)) < panels * chunks;) {
         int64_t group = i / (GROUP * chunks) * GROUP;       // its first panel
         int64_t inside = i - group * chunks, wide = panels - group < GROUP ? panels - group : GROUP;
-        int64_t first = inside / wide * CHUNK, row = (group + inside % wide) * PANEL;
-        Block p = {.type = type, .rows = w->rows - row < PANEL ? w->rows - row : PANEL,
+        int64_t first = inside / wide * chunk, row = (group + inside % wide) * panel;
+        Block p = {.type = type, .rows = w->rows - row < panel ? w->rows - row : panel,
                    .groups = groups, .w = (const char *)w->data + row * cols * bytes,
                    .scale = type == Q8 ? w->scale + row * groups : NULL,
                    .x = (copy ? copy : x) + first * ldx, .y = y + first * w->rows + row,
                    .bias = w->bias ? w->bias + row : no_bias,
-                   .n = n - first < CHUNK ? n - first : CHUNK, .ldw = cols * bytes, .ldx = ldx,
+                   .n = n - first < chunk ? n - first : chunk, .ldw = cols * bytes, .ldx = ldx,
                    .ldy = w->rows};
         if (cols % 32) {
             p.ldw = groups * 32 * bytes;
-            float *padded = scratch(1, PANEL * groups * 32);
+            float *padded = scratch(1, panel * groups * 32);
             p.w = pad_rows(padded, p.ldw, p.w, p.rows, cols * bytes, p.ldw);
         }
-        outputs(p);
+        if (many) outputs_by_chains(p);
+        else outputs(p);
     }
 }
 
@@ -1448,40 +1618,6 @@ static void ON_PATH(gelu)(float *x, int64_t n) {
     }
 }
 
-// c[rows][WIDE] = or += a[rows][depth] . b[depth][WIDE].
-INLINE void tile_of(const int rows, float *c, int64_t ldc, const float *a, int64_t lda,
-                    const float *b, int64_t ldb, int64_t depth, bool more) {
-    vec sum[12][VECS];
-    UNROLL for (int i = 0; i < rows; i++) {
-        UNROLL for (int v = 0; v < VECS; v++) {
-            sum[i][v] = more ? load(c + i * ldc + v * LANES) : (vec){0};
-        }
-    }
-    for (int64_t k = 0; k < depth; k++) {
-        vec w[VECS];
-        UNROLL for (int v = 0; v < VECS; v++) w[v] = load(b + k * ldb + v * LANES);
-        UNROLL for (int i = 0; i < rows; i++) {
-            UNROLL for (int v = 0; v < VECS; v++) sum[i][v] += a[i * lda + k] * w[v];
-        }
-    }
-    UNROLL for (int i = 0; i < rows; i++) {
-        UNROLL for (int v = 0; v < VECS; v++) *(loose_vec *)(c + i * ldc + v * LANES) = sum[i][v];
-    }
-}
-
-// The same for any number of rows.
-static void tile(int64_t rows, float *c, int64_t ldc, const float *a, int64_t lda, const float *b,
-                 int64_t ldb, int64_t depth, bool more) {
-    enum { MOST = ACCUMULATORS / VECS > 12 ? 12 : ACCUMULATORS / VECS };
-    for (int64_t n; rows > 0; rows -= n) {
-        n = rows >= MOST ? MOST : rows >= 3 ? 3 : 1;
-        if (n == MOST) tile_of(MOST, c, ldc, a, lda, b, ldb, depth, more);
-        else if (n == 3) tile_of(3, c, ldc, a, lda, b, ldb, depth, more);
-        else tile_of(1, c, ldc, a, lda, b, ldb, depth, more);
-        c += n * ldc, a += n * lda;
-    }
-}
-
 // c[rows][stride] += p[rows][from .. to] . V[from .. to][stride]; the spans are one row of keys.
 static void weigh(float *c, int64_t stride, const float *p, int64_t ldp, int64_t rows,
                   const Span *s, int64_t from, int64_t to) {
@@ -1490,8 +1626,8 @@ static void weigh(float *c, int64_t stride, const float *p, int64_t ldp, int64_t
         int64_t last = to < start + s->count ? to : start + s->count;
         for (int64_t t = first; t < last; t += DEPTH) {     // they stay in the cache for all rows
             for (int64_t d = 0; d < stride; d += WIDE) {
-                tile(rows, c + d, stride, p + t, ldp, s->v + (t - start) * stride + d, stride,
-                     last - t < DEPTH ? last - t : DEPTH, true);
+                tile(rows, WIDE, c + d, stride, p + t, ldp, s->v + (t - start) * stride + d,
+                     stride, last - t < DEPTH ? last - t : DEPTH, true);
             }
         }
     }
@@ -1516,7 +1652,8 @@ static void ON_PATH(attend)(float *out, const float *q, int64_t ld, int64_t n, i
         for (int64_t start = 0; s < spans + n_spans && start < most; start += s++->count) {
             int64_t keys = most - start < s->count ? most - start : s->count;
             for (int64_t t = 0; t < keys; t += WIDE) {
-                tile(rows, p + start + t, ldp, a, lda, s->k + t * head_dim, WIDE, head_dim, false);
+                tile(rows, WIDE, p + start + t, ldp, a, lda, s->k + t * head_dim, WIDE, head_dim,
+                     false);
             }
         }
         float sums[SOME];
