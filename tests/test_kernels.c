@@ -220,12 +220,12 @@ static void set_threads(int n) {
 
 // A row's results do not depend on its neighbours, nor on the number of threads.
 static void check_matmul_bits(int type, int64_t rows, int64_t cols) {
-    enum { N = 40 };
+    enum { N = 560 };           // more than PACK_CHUNK
     Tensor w = random_tensor(type, rows, cols);
     float *x = uniforms(N * cols), *all = exact(N * rows * 4), *y = exact(N * rows * 4);
     set_threads(1);
     matmul(all, x, &w, N);
-    for (int n = 1; n <= N; n++) {
+    for (int n = 1; n <= N; n += n < 70 ? 1 : 49) {
         int first = (int)below(N - n + 1);
         matmul(y, x + first * cols, &w, n);
         CHECK(same(y, all + first * rows, n * rows), "%s, %lld x %lld: %d rows change the bits",
@@ -233,7 +233,7 @@ static void check_matmul_bits(int type, int64_t rows, int64_t cols) {
     }
     for (int threads = 1; threads <= 8; threads++) {
         set_threads(threads);
-        for (int n = 1; n <= N; n += 13) {
+        for (int n = 1; n <= N; n += 1 + n) {
             matmul(y, x, &w, n);
             CHECK(same(y, all, n * rows), "%s, %lld x %lld x %lld: %d threads change the bits",
                   type_names[type], (long long)n, (long long)rows, (long long)cols, threads);
@@ -440,12 +440,14 @@ static void check_path(bool quick) {
                 check_matmul(type, 1 + below(j % 2 ? 40 : 9), sizes[i], sizes[j], (i + j) % 2);
             }
         }
-        check_matmul(type, quick ? 40 : 300, 40, 300, true);
+        check_matmul(type, quick ? 70 : 300, 40, 300, true);
         check_error(type);
         check_odd_x(type);
         check_matmul_bits(type, 37, 300);
         check_matmul_bits(type, quick ? 150 : 301, 515);
         check_matmul_bits(type, 37, 1056);          // W as it is stored, and a long row by itself
+        check_matmul_bits(type, 5, 8300);           // chains longer than DEPTH
+        check_matmul(type, 70, 5, 8300, false);
         check_matmul(type, 1, 33, 1056, true);
         check_matmul(type, quick ? 9 : 70, 50, 1056, false);
     }
