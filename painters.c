@@ -1718,22 +1718,10 @@ enum {
 };
 
 static void transpose_tile(float *t) {
-    __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    __m512 v[16];
-    UNROLL for (int i = 0; i < 16; i++) v[i] = _mm512_loadu_ps(t + i * 16);
-    UNROLL for (int d = 1; d < 16; d *= 2) {        // blocks of d x d change places
-        __m512i by = _mm512_set1_epi32(d), to_second = _mm512_set1_epi32(16);
-        __mmask16 right = _mm512_test_epi32_mask(lane, by);
-        __m512i upper = _mm512_mask_add_epi32(lane, right, lane, _mm512_sub_epi32(to_second, by));
-        __m512i lower = _mm512_mask_add_epi32(_mm512_add_epi32(lane, by), right, lane, to_second);
-        UNROLL for (int i = 0; i < 16; i++) {
-            if (i & d) continue;
-            __m512 a = v[i], b = v[i + d];
-            v[i] = _mm512_permutex2var_ps(a, upper, b);
-            v[i + d] = _mm512_permutex2var_ps(a, lower, b);
-        }
-    }
-    UNROLL for (int i = 0; i < 16; i++) _mm512_storeu_ps(t + i * 16, v[i]);
+    vec_avx512 v[16];
+    UNROLL for (int i = 0; i < 16; i++) v[i] = load_avx512(t + i * 16);
+    transpose_avx512(v);
+    UNROLL for (int i = 0; i < 16; i++) *(loose_vec_avx512 *)(t + i * 16) = v[i];
 }
 
 // 16 neighbouring weights as float32 (8-bit ones without their scale).
