@@ -1476,11 +1476,13 @@ INLINE void multiply_q8(vec (*sum)[TILE_W], Tile *t, const int n, const int m) {
 }
 
 // Outputs of n rows of x from i0 on, and m of W from r0 on, or their sums so far. Rows that W lacks
-// repeat its last one. Meanwhile the next rows of W are fetched, a part of them beside each tile.
+// repeat its last one. Meanwhile the next rows of W are fetched, a part of them beside each tile;
+// but where little is done with much, it comes sooner by itself: float32 1.2 times on a Zen 3.
 INLINE void outputs_of(const Block *p, int64_t i0, int64_t r0, int64_t tile, vec (*kept)[TILE_W],
                        const int n, const int m, const int type) {
     Tile t = {.x = p->x + i0 * p->ldx, .ldx = p->ldx, .depth = 32 * p->groups, .from = p->from,
               .to = p->to, .step = 32 * m * WEIGHT_BYTES(type) / p->tiles};
+    if (LANES < 16 && 4 * n <= 3 * WEIGHT_BYTES(type)) t.step = 0;
     float *y = p->y + i0 * p->ldy + r0;
     vec sum[TILE_X][TILE_W];
     UNROLL for (int j = 0; j < m; j++) {
