@@ -1536,8 +1536,8 @@ static void outputs(Block p) {
 }
 
 // A thread's share of a matmul: of copying x first, padded and in the weights' order, or packed,
-// then of the outputs, taken as they come. All threads call it, or one alone outside of any parallel region,
-// where that costs nothing.
+// then of the outputs, taken as they come. All threads call it, or one alone outside of any
+// parallel region, where that costs nothing.
 static void share_of_matmul(float *y, const float *x, const Tensor *w, int64_t n, float *copy,
                             int64_t ldx, int64_t *next) {
     static const float no_bias[PACK];
