@@ -1577,7 +1577,7 @@ static void share_of_matmul(float *y, const float *x, const Tensor *w, int64_t n
 
 static void ON_PATH(matmul)(float *y, const float *x, const Tensor *w, int64_t n) {
     bool ordered = w->type != Q8 && !BY_HALVES(w->type);        // rows of x can be used as they are
-    bool copied = w->cols % 32 || !ordered || (n > 4 && w->type == F32);
+    bool copied = w->cols % 32 || !ordered || (n > 4 && w->type == F32) || n > FEW(w->type);
     int64_t ldx = copied ? (w->cols + 31) / 32 * 32 + PAD : w->cols, next[STRETCHES] = {0};
     float *copy = copied ? scratch(0, n * ldx) : NULL;
     TOGETHER(n * w->rows * w->cols / 4, share_of_matmul(y, x, w, n, copy, ldx, next));
